@@ -39,10 +39,9 @@ typedef struct {
 } builder_t;
 
 static void builder_free(builder_t *b) {
-  void *all[] = {b->tokens,  b->special, b->by_bytes, b->halves,   b->prefixes,
-                 b->sorted,  b->cells,   b->next,     b->previous, b->base_used,
-                 b->pending, b->words,   b->keys,     b->pairs,    b->filter,
-                 b->word_ids, b->key_ids};
+  void *all[] = {b->tokens, b->special, b->by_bytes, b->halves,    b->prefixes, b->sorted,
+                 b->cells,  b->next,    b->previous, b->base_used, b->pending,  b->words,
+                 b->keys,   b->pairs,   b->filter,   b->word_ids,  b->key_ids};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -108,23 +107,32 @@ static int index_bytes(builder_t *b) {
 
 /* Merges ------------------------------------------------------------------------------------ */
 
-/* Merge the bytes of a token by rank, as tiktoken does, and keep which two parts it is merged from last. */
-static void merge_by_rank(const builder_t *b, uint32_t token, halves_t *out) {
-  const record_t *r = &b->tokens[token];
-  uint32_t starts[FSHM_MAX_TOKEN_LENGTH + 1], ranks[FSHM_MAX_TOKEN_LENGTH + 1], n = r->length;
+/* Merge n bytes by rank, as tiktoken does, until there are no more than `most` parts. Returns how many there are; starts:
+ * where each begins, and the end. */
+static uint32_t merge_by_rank(const builder_t *b, const uint8_t *bytes, uint32_t n, uint32_t most,
+                              uint32_t *starts) {
+  uint32_t ranks[FSHM_MAX_TOKEN_LENGTH + 1];
   for (uint32_t i = 0; i <= n; i++) starts[i] = i;
-  for (uint32_t i = 0; i + 1 < n; i++) ranks[i] = number_of(b, r->bytes + i, 2);
-  while (n > 2) {
+  for (uint32_t i = 0; i + 1 < n; i++) ranks[i] = number_of(b, bytes + i, 2);
+  while (n > most) {
     uint32_t least = 0;
     for (uint32_t i = 1; i + 1 < n; i++)
       if (ranks[i] < ranks[least]) least = i;
-    if (ranks[least] == NO_TOKEN) return;
+    if (ranks[least] == NO_TOKEN) break;
     memmove(&starts[least + 1], &starts[least + 2], (n - least - 1) * sizeof *starts);
     memmove(&ranks[least], &ranks[least + 1], (n - least - 2) * sizeof *ranks);
     n--;
     for (uint32_t i = least ? least - 1 : 0; i <= least && i + 1 < n; i++)
-      ranks[i] = number_of(b, r->bytes + starts[i], starts[i + 2] - starts[i]);
+      ranks[i] = number_of(b, bytes + starts[i], starts[i + 2] - starts[i]);
   }
+  return n;
+}
+
+/* Which two parts a token is merged from last. */
+static void find_halves(const builder_t *b, uint32_t token, halves_t *out) {
+  const record_t *r = &b->tokens[token];
+  uint32_t starts[FSHM_MAX_TOKEN_LENGTH + 1];
+  if (merge_by_rank(b, r->bytes, r->length, 2, starts) != 2) return;
   out->left = number_of(b, r->bytes, starts[1]);
   out->right = number_of(b, r->bytes + starts[1], r->length - starts[1]);
 }
@@ -134,7 +142,7 @@ static int find_merges(builder_t *b) {
   if (!b->halves) return FSHM_E_MEMORY;
   for (uint32_t i = 0; i < b->count; i++) {
     b->halves[i] = i < 256 ? (halves_t){i, i} : (halves_t){NO_TOKEN, NO_TOKEN};
-    if (i >= 256) merge_by_rank(b, i, &b->halves[i]);
+    if (i >= 256) find_halves(b, i, &b->halves[i]);
   }
   for (uint32_t i = 256; i < b->count; i++) {
     const halves_t *m = &b->halves[i];
@@ -385,6 +393,58 @@ static void put_bigrams(const builder_t *b, uint32_t *bigrams) {
   }
 }
 
+/* Characters -------------------------------------------------------------------------------- */
+
+/* Of each token, whether it may merge with what is before it, if that ends above ASCII, or with what is behind it, if that
+ * begins a character above ASCII: itself, or what merging it begins or ends with. */
+enum { MERGES_BEFORE = 1, MERGES_BEHIND = 2 };
+static void find_merging(const builder_t *b, uint8_t *merging) {
+  for (uint32_t i = 256; i < b->count; i++) {
+    const halves_t *h = &b->halves[i];
+    if (h->left == NO_TOKEN) continue;
+    const record_t *left = &b->tokens[h->left], *right = &b->tokens[h->right];
+    if (left->bytes[left->length - 1] >= 0x80) merging[h->right] |= MERGES_BEFORE;
+    if (right->bytes[0] >= FIRST_LEAD) merging[h->left] |= MERGES_BEHIND;
+  }
+  for (uint32_t i = 256; i < b->count; i++) { /* halves have lower numbers */
+    const halves_t *h = &b->halves[i];
+    if (h->left == NO_TOKEN) continue;
+    merging[i] |= (merging[h->left] & MERGES_BEFORE) | (merging[h->right] & MERGES_BEHIND);
+  }
+}
+
+static uint64_t character_entry(const builder_t *b, const uint8_t *merging, const uint8_t *bytes,
+                                uint32_t length) {
+  uint32_t starts[8], n = merge_by_rank(b, bytes, length, 1, starts), tokens[4];
+  uint64_t entry = (uint64_t)n << 60;
+  if (n > 3) return 0;
+  for (uint32_t i = 0; i < n; i++) {
+    tokens[i] = number_of(b, bytes + starts[i], starts[i + 1] - starts[i]);
+    entry |= (uint64_t)tokens[i] << 20 * i;
+  }
+  if (!(merging[tokens[0]] & MERGES_BEFORE)) entry |= CHARACTER_FIRST;
+  if (!(merging[tokens[n - 1]] & MERGES_BEHIND)) entry |= CHARACTER_LAST;
+  return entry;
+}
+
+static int put_characters(const builder_t *b, uint64_t *characters) {
+  uint8_t *merging = calloc(b->count, 1);
+  if (!merging) return FSHM_E_MEMORY;
+  find_merging(b, merging);
+  for (uint32_t i = 0x80; i < CHARACTERS; i++) {
+    uint32_t c = i < 0x10000 ? i : 0x1f000 + (i - 0x10000);
+    uint8_t last = (uint8_t)(0x80 | (c & 63)), middle = (uint8_t)(0x80 | (c >> 6 & 63));
+    uint8_t two[] = {(uint8_t)(0xc0 | c >> 6), last},
+            three[] = {(uint8_t)(0xe0 | c >> 12), middle, last},
+            four[] = {0xf0, (uint8_t)(0x80 | c >> 12), middle, last};
+    characters[i] = c < 0x800     ? character_entry(b, merging, two, 2)
+                    : c < 0x10000 ? character_entry(b, merging, three, 3)
+                                  : character_entry(b, merging, four, 4);
+  }
+  free(merging);
+  return FSHM_OK;
+}
+
 /* The image --------------------------------------------------------------------------------- */
 
 static void fill_header(const builder_t *b, vocabulary_header_t *h, uint32_t pattern) {
@@ -438,6 +498,10 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   memcpy(map + l.pairs, b->pairs, UINT64_C(8) << b->pair_bits);
   memcpy(map + l.filter, b->filter, FILTER_BYTES(b));
   put_bigrams(b, (uint32_t *)(void *)(map + l.bigrams));
+  if (put_characters(b, (uint64_t *)(void *)(map + l.characters)) != FSHM_OK) {
+    free(map);
+    return image_fail(e, FSHM_E_MEMORY);
+  }
   put_tokens(b, map, &l);
   h->checksum = vocabulary_checksum(map + l.words, l.size - l.words);
   h->check = vocabulary_header_check(h);

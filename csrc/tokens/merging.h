@@ -1,7 +1,5 @@
-/* merging.h - the tokens of a piece that is no token itself: what merging its bytes by rank ends with, without doing
- * the merges. DESIGN.md, "Merging", proves that a sequence of tokens is that result if and only if each token is the
- * result of its own bytes, and each two neighbours stay apart by themselves. So tokens are tried from left to right,
- * the longest first; a token that does not fit its left neighbour is replaced by the next shorter one.
+/* merging.h - what two tokens merge to, whether they stay apart, and many short pieces merged by rank, in turn.
+ * DESIGN.md, "Merging".
  */
 #ifndef FSHM_MERGING_H
 #define FSHM_MERGING_H

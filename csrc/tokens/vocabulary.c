@@ -29,7 +29,8 @@ vocabulary_layout_t vocabulary_layout(const vocabulary_header_t *h) {
   l.pairs = l.prefixes + in_lines(UINT64_C(4) * h->tokens);
   l.filter = l.pairs + in_lines(UINT64_C(8) << h->pair_bits);
   l.bigrams = l.filter + in_lines(UINT64_C(1) << (h->pair_bits + 2 - 3));
-  l.ranks = l.bigrams + sizeof(uint32_t) * BIGRAMS;
+  l.characters = l.bigrams + sizeof(uint32_t) * BIGRAMS;
+  l.ranks = l.characters + sizeof(uint64_t) * CHARACTERS;
   l.offsets = l.ranks + in_lines(UINT64_C(4) * h->tokens);
   l.special = l.offsets + in_lines(UINT64_C(4) * (h->tokens + h->special + 1));
   l.bytes = l.special + in_lines(UINT64_C(4) * h->special);
@@ -76,6 +77,7 @@ int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, boo
   v->prefixes = (const uint32_t *)(const void *)(map + l.prefixes);
   v->filter = (const uint64_t *)(const void *)(map + l.filter);
   v->bigrams = (const uint32_t *)(const void *)(map + l.bigrams);
+  v->characters = (const uint64_t *)(const void *)(map + l.characters);
   v->pairs = (const uint64_t *)(const void *)(map + l.pairs);
   v->ranks = (const uint32_t *)(const void *)(map + l.ranks);
   v->offsets = (const uint32_t *)(const void *)(map + l.offsets);
@@ -94,9 +96,9 @@ static bool within_bounds(const vocabulary_header_t *h) {
   return h->pattern >= FSHM_PATTERN_R50K && h->pattern <= FSHM_PATTERN_O200K && h->tokens >= 256 &&
          h->tokens <= FSHM_MAX_TOKENS && h->special <= FSHM_MAX_TOKENS && h->most_length >= 1 &&
          h->most_length <= FSHM_MAX_TOKEN_LENGTH && h->word_bits >= 8 && h->word_bits <= 24 &&
-         h->key_bits >= 8 && h->key_bits <= 24 && h->pair_bits >= 8 && h->pair_bits <= 24 && h->cells >= 512 && h->cells <= MAX_CELLS &&
-         h->cells % 256 == 0 && h->root <= h->cells - 256 && h->root % 256 == 0 &&
-         h->bytes <= UINT64_C(1) << 29;
+         h->key_bits >= 8 && h->key_bits <= 24 && h->pair_bits >= 8 && h->pair_bits <= 24 &&
+         h->cells >= 512 && h->cells <= MAX_CELLS && h->cells % 256 == 0 &&
+         h->root <= h->cells - 256 && h->root % 256 == 0 && h->bytes <= UINT64_C(1) << 29;
 }
 
 /* Everything but the contents. */

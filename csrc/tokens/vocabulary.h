@@ -17,6 +17,7 @@
  *   filter    2^(pair_bits + 2) bits: set where a pair that merges has its hash. Most pairs do not merge, and this is
  *             all that is read for them: it stays in the second-level cache
  *   bigrams   65,536 * 4: what each two bytes merge to, by 256 * the first + the second; NO_TOKEN: nothing
+ *   characters  CHARACTERS * 8: what the bytes of a character merge to by themselves, see CHARACTER_*
  *   ranks     tokens * 4: the rank of each number, rising
  *   offsets   (tokens + special + 1) * 4: where the bytes of each token begin, and end
  *   special   special * 4: the ranks of the special tokens, rising
@@ -46,6 +47,16 @@
 #define NODE_TOKEN(cell) ((uint32_t)((cell) >> 33) & 0x1fffff)
 #define NODE_WHOLE_ONLY (UINT64_C(1) << 54)
 #define BIGRAMS 65536
+
+/* An entry of `characters`: up to three tokens (20 bits each), and how many (2; 0: there is none). CHARACTER_FIRST: behind
+ * a byte above ASCII, its first token never merges with what is before it, whatever that is. CHARACTER_LAST: the same of
+ * its last one, and of another character above ASCII behind it. The entries: U+0000 to U+FFFF, U+1F000 to U+1FFFF. */
+#define FIRST_LEAD 0xc2 /* the least byte that begins a character above ASCII */
+#define CHARACTERS (65536 + 4096)
+#define CHARACTER_TOKEN(entry, i) ((uint32_t)((entry) >> 20 * (i)) & 0xfffff)
+#define CHARACTER_COUNT(entry) ((unsigned)((entry) >> 60) & 3)
+#define CHARACTER_FIRST (UINT64_C(1) << 62)
+#define CHARACTER_LAST (UINT64_C(1) << 63)
 #define MAX_CELLS (UINT64_C(1) << 24)
 
 /* The two tokens that are merged last; NO_TOKEN where merging its bytes does not end with this token. Of a single
@@ -77,8 +88,8 @@ typedef struct {
 } vocabulary_header_t;
 
 typedef struct {
-  uint64_t words, keys, word_ids, key_ids, nodes, halves, prefixes, pairs, filter, bigrams, ranks, offsets, special,
-      bytes, size;
+  uint64_t words, keys, word_ids, key_ids, nodes, halves, prefixes, pairs, filter, bigrams,
+      characters, ranks, offsets, special, bytes, size;
 } vocabulary_layout_t;
 
 /* The counts of pieces that took merges: like the memo of texts, lossy and of a fixed size (counting.c). */
@@ -95,6 +106,7 @@ struct fshm_vocabulary {
   const uint32_t *prefixes;
   const uint64_t *pairs, *filter;
   const uint32_t *bigrams;
+  const uint64_t *characters;
   const uint32_t *ranks, *offsets, *special;
   const uint8_t *bytes;
   cached_t *cache; /* two halves: of short pieces, and of longer ones; NULL: no memory for it */

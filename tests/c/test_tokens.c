@@ -22,6 +22,29 @@ static void test_merging(void) {
   }
 }
 
+/* Pieces long enough for hints: letters, of which windows are merged, and characters above ASCII. */
+static void test_hints(void) {
+  static uint8_t text[500];
+  for (int round = 0; round < 24; round++) {
+    bool wide = round % 2;
+    unsigned alphabet = wide ? 0 : 2 + (unsigned)random_below(5), used = alphabet;
+    vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_CL100K, alphabet, (unsigned)random_below(300));
+    for (int i = 0, n = fewer(20); i < n; i++) {
+      size_t length = 100 + random_below(sizeof text - 100);
+      if (wide) {
+        length = wide_text(text, length, 1 + (unsigned)random_below(WIDE_CHARACTERS));
+      } else {
+        if (!random_below(4))
+          used = 1 + (unsigned)random_below(alphabet); /* then letters rarely merge, too */
+        for (size_t at = 0; at < length; at++)
+          text[at] = (uint8_t)('a' + random_below(random_below(99) ? used : 26));
+      }
+      check_text(&t, text, length, random_below(length));
+    }
+    free_vocabulary(&t);
+  }
+}
+
 /* Any bytes, also such as are no UTF-8: each byte belongs to one piece. */
 static void test_any_bytes(void) {
   static uint8_t text[600];
@@ -346,8 +369,8 @@ static void test_hostile_files(void) {
     }
     /* Sizes of sections, within their bounds: the file is as long as they say. */
     vocabulary_header_t *h = (vocabulary_header_t *)(void *)image;
-    uint32_t *numbers[] = {&h->tokens, &h->special, &h->word_bits, &h->key_bits,
-                           &h->pair_bits, &h->cells, &h->root, &h->most_length};
+    uint32_t *numbers[] = {&h->tokens,    &h->special, &h->word_bits, &h->key_bits,
+                           &h->pair_bits, &h->cells,   &h->root,      &h->most_length};
     bool fit = random_below(2);
     if (fit && length >= sizeof *h)
       *numbers[random_below(8)] =
@@ -419,6 +442,7 @@ int main(int argc, char **argv) {
   }
   (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
   test_merging();
+  test_hints();
   test_any_bytes();
 #if defined(__SSE2__)
   test_blocks();
