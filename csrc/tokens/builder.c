@@ -33,15 +33,15 @@ typedef struct {
   pending_t *pending;
   uint64_t pending_count, pending_room;
   /* The hash tables. */
-  uint64_t *keys, *pairs, *filter;
-  uint32_t *key_ids;
-  uint32_t key_bits, pair_bits;
+  uint64_t *words, *keys, *pairs, *filter;
+  uint32_t *word_ids, *key_ids;
+  uint32_t word_bits, key_bits, pair_bits;
 } builder_t;
 
 static void builder_free(builder_t *b) {
-  void *all[] = {b->tokens,  b->special, b->by_bytes, b->halves,   b->prefixes,
-                 b->sorted,  b->cells,   b->next,     b->previous, b->base_used,
-                 b->pending, b->keys,    b->pairs,    b->filter,   b->key_ids};
+  void *all[] = {b->tokens, b->special, b->by_bytes, b->halves,    b->prefixes, b->sorted,
+                 b->cells,  b->next,    b->previous, b->base_used, b->pending,  b->words,
+                 b->keys,   b->pairs,   b->filter,   b->word_ids,  b->key_ids};
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
 }
 
@@ -107,23 +107,32 @@ static int index_bytes(builder_t *b) {
 
 /* Merges ------------------------------------------------------------------------------------ */
 
-/* Merge the bytes of a token by rank, as tiktoken does, and keep which two parts it is merged from last. */
-static void merge_by_rank(const builder_t *b, uint32_t token, halves_t *out) {
-  const record_t *r = &b->tokens[token];
-  uint32_t starts[FSHM_MAX_TOKEN_LENGTH + 1], ranks[FSHM_MAX_TOKEN_LENGTH + 1], n = r->length;
+/* Merge n bytes by rank, as tiktoken does, until there are no more than `most` parts. Returns how many there are; starts:
+ * where each begins, and the end. */
+static uint32_t merge_by_rank(const builder_t *b, const uint8_t *bytes, uint32_t n, uint32_t most,
+                              uint32_t *starts) {
+  uint32_t ranks[FSHM_MAX_TOKEN_LENGTH + 1];
   for (uint32_t i = 0; i <= n; i++) starts[i] = i;
-  for (uint32_t i = 0; i + 1 < n; i++) ranks[i] = number_of(b, r->bytes + i, 2);
-  while (n > 2) {
+  for (uint32_t i = 0; i + 1 < n; i++) ranks[i] = number_of(b, bytes + i, 2);
+  while (n > most) {
     uint32_t least = 0;
     for (uint32_t i = 1; i + 1 < n; i++)
       if (ranks[i] < ranks[least]) least = i;
-    if (ranks[least] == NO_TOKEN) return;
+    if (ranks[least] == NO_TOKEN) break;
     memmove(&starts[least + 1], &starts[least + 2], (n - least - 1) * sizeof *starts);
     memmove(&ranks[least], &ranks[least + 1], (n - least - 2) * sizeof *ranks);
     n--;
     for (uint32_t i = least ? least - 1 : 0; i <= least && i + 1 < n; i++)
-      ranks[i] = number_of(b, r->bytes + starts[i], starts[i + 2] - starts[i]);
+      ranks[i] = number_of(b, bytes + starts[i], starts[i + 2] - starts[i]);
   }
+  return n;
+}
+
+/* Which two parts a token is merged from last. */
+static void find_halves(const builder_t *b, uint32_t token, halves_t *out) {
+  const record_t *r = &b->tokens[token];
+  uint32_t starts[FSHM_MAX_TOKEN_LENGTH + 1];
+  if (merge_by_rank(b, r->bytes, r->length, 2, starts) != 2) return;
   out->left = number_of(b, r->bytes, starts[1]);
   out->right = number_of(b, r->bytes + starts[1], r->length - starts[1]);
 }
@@ -133,7 +142,7 @@ static int find_merges(builder_t *b) {
   if (!b->halves) return FSHM_E_MEMORY;
   for (uint32_t i = 0; i < b->count; i++) {
     b->halves[i] = i < 256 ? (halves_t){i, i} : (halves_t){NO_TOKEN, NO_TOKEN};
-    if (i >= 256) merge_by_rank(b, i, &b->halves[i]);
+    if (i >= 256) find_halves(b, i, &b->halves[i]);
   }
   for (uint32_t i = 256; i < b->count; i++) {
     const halves_t *m = &b->halves[i];
@@ -279,7 +288,22 @@ static piece_key_t key_of(const uint8_t *bytes, uint32_t length) {
   return (piece_key_t){words[0], words[1] | (uint64_t)length << 56};
 }
 
+/* The same of up to WORD_PIECE bytes: it ends with the length, and zeros are between. */
+static uint64_t word_of(piece_key_t key) { return key.low | key.high; }
+
 /* False: PROBES entries are taken. */
+static bool insert_word(builder_t *b, uint32_t token) {
+  uint64_t key = word_of(key_of(b->tokens[token].bytes, b->tokens[token].length));
+  uint64_t home = word_hash(key) >> (64 - b->word_bits);
+  for (uint64_t i = 0; i < PROBES; i++) {
+    if (b->words[home ^ i]) continue;
+    b->words[home ^ i] = key;
+    b->word_ids[home ^ i] = token;
+    return true;
+  }
+  return false;
+}
+
 static bool insert_key(builder_t *b, uint32_t token) {
   piece_key_t key = key_of(b->tokens[token].bytes, b->tokens[token].length);
   uint64_t home = piece_hash(key) >> (64 - b->key_bits);
@@ -311,29 +335,50 @@ static bool insert_pair(builder_t *b, uint32_t token) {
 
 /* The most frequent tokens rank lowest and are entered first: those lie where their probing begins. */
 static bool fill_tables(builder_t *b) {
+  memset(b->words, 0, UINT64_C(8) << b->word_bits);
   memset(b->keys, 0, UINT64_C(16) << b->key_bits);
   memset(b->pairs, 0xff, UINT64_C(8) << b->pair_bits);
   memset(b->filter, 0, FILTER_BYTES(b));
   for (uint32_t i = 0; i < b->count; i++) {
-    if (b->tokens[i].length <= SHORT_PIECE && !insert_key(b, i)) return false;
+    uint32_t length = b->tokens[i].length;
+    if (length <= SHORT_PIECE && !(length <= WORD_PIECE ? insert_word : insert_key)(b, i))
+      return false;
     if (i >= 256 && b->halves[i].left != NO_TOKEN && !insert_pair(b, i)) return false;
   }
   return true;
 }
 
+/* At most five of eight entries are taken: a small table stays in the caches of a processor. */
+static uint32_t table_bits(uint64_t entries) {
+  uint32_t bits = 8;
+  while (entries * 8 > UINT64_C(5) << bits) bits++;
+  return bits;
+}
+
+static void free_tables(builder_t *b) {
+  void *all[] = {b->words, b->keys, b->word_ids, b->key_ids, b->pairs, b->filter};
+  for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+}
+
 static int build_tables(builder_t *b) {
-  b->key_bits = b->pair_bits = bit_length(b->count * 2 - 1);
-  if (b->key_bits < 8) b->key_bits = b->pair_bits = 8;
-  for (; b->key_bits <= 24; b->key_bits++, b->pair_bits++) {
-    free(b->keys);
-    free(b->key_ids);
-    free(b->pairs);
-    free(b->filter);
+  uint64_t words = 0, keys = 0;
+  for (uint32_t i = 0; i < b->count; i++) {
+    words += b->tokens[i].length <= WORD_PIECE;
+    keys += b->tokens[i].length <= SHORT_PIECE;
+  }
+  b->word_bits = table_bits(words);
+  b->key_bits = table_bits(keys - words);
+  b->pair_bits = (uint32_t)max_u64(bit_length(b->count * 2 - 1), 8);
+  for (; b->word_bits <= 24 && b->pair_bits <= 24; b->word_bits++, b->key_bits++, b->pair_bits++) {
+    free_tables(b);
+    b->words = malloc(UINT64_C(8) << b->word_bits);
     b->keys = malloc(UINT64_C(16) << b->key_bits);
+    b->word_ids = calloc(UINT64_C(1) << b->word_bits, sizeof *b->word_ids);
     b->key_ids = calloc(UINT64_C(1) << b->key_bits, sizeof *b->key_ids);
     b->pairs = malloc(UINT64_C(8) << b->pair_bits);
     b->filter = malloc(FILTER_BYTES(b));
-    if (!b->keys || !b->key_ids || !b->pairs || !b->filter) return FSHM_E_MEMORY;
+    if (!b->words || !b->keys || !b->word_ids || !b->key_ids || !b->pairs || !b->filter)
+      return FSHM_E_MEMORY;
     if (fill_tables(b)) return FSHM_OK;
   }
   return FSHM_E_ARGUMENT;
@@ -348,6 +393,58 @@ static void put_bigrams(const builder_t *b, uint32_t *bigrams) {
   }
 }
 
+/* Characters -------------------------------------------------------------------------------- */
+
+/* Of each token, whether it may merge with what is before it, if that ends above ASCII, or with what is behind it, if that
+ * begins a character above ASCII: itself, or what merging it begins or ends with. */
+enum { MERGES_BEFORE = 1, MERGES_BEHIND = 2 };
+static void find_merging(const builder_t *b, uint8_t *merging) {
+  for (uint32_t i = 256; i < b->count; i++) {
+    const halves_t *h = &b->halves[i];
+    if (h->left == NO_TOKEN) continue;
+    const record_t *left = &b->tokens[h->left], *right = &b->tokens[h->right];
+    if (left->bytes[left->length - 1] >= 0x80) merging[h->right] |= MERGES_BEFORE;
+    if (right->bytes[0] >= FIRST_LEAD) merging[h->left] |= MERGES_BEHIND;
+  }
+  for (uint32_t i = 256; i < b->count; i++) { /* halves have lower numbers */
+    const halves_t *h = &b->halves[i];
+    if (h->left == NO_TOKEN) continue;
+    merging[i] |= (merging[h->left] & MERGES_BEFORE) | (merging[h->right] & MERGES_BEHIND);
+  }
+}
+
+static uint64_t character_entry(const builder_t *b, const uint8_t *merging, const uint8_t *bytes,
+                                uint32_t length) {
+  uint32_t starts[8], n = merge_by_rank(b, bytes, length, 1, starts), tokens[4];
+  uint64_t entry = (uint64_t)n << 60;
+  if (n > 3) return 0;
+  for (uint32_t i = 0; i < n; i++) {
+    tokens[i] = number_of(b, bytes + starts[i], starts[i + 1] - starts[i]);
+    entry |= (uint64_t)tokens[i] << 20 * i;
+  }
+  if (!(merging[tokens[0]] & MERGES_BEFORE)) entry |= CHARACTER_FIRST;
+  if (!(merging[tokens[n - 1]] & MERGES_BEHIND)) entry |= CHARACTER_LAST;
+  return entry;
+}
+
+static int put_characters(const builder_t *b, uint64_t *characters) {
+  uint8_t *merging = calloc(b->count, 1);
+  if (!merging) return FSHM_E_MEMORY;
+  find_merging(b, merging);
+  for (uint32_t i = 0x80; i < CHARACTERS; i++) {
+    uint32_t c = i < 0x10000 ? i : 0x1f000 + (i - 0x10000);
+    uint8_t last = (uint8_t)(0x80 | (c & 63)), middle = (uint8_t)(0x80 | (c >> 6 & 63));
+    uint8_t two[] = {(uint8_t)(0xc0 | c >> 6), last},
+            three[] = {(uint8_t)(0xe0 | c >> 12), middle, last},
+            four[] = {0xf0, (uint8_t)(0x80 | c >> 12), middle, last};
+    characters[i] = c < 0x800     ? character_entry(b, merging, two, 2)
+                    : c < 0x10000 ? character_entry(b, merging, three, 3)
+                                  : character_entry(b, merging, four, 4);
+  }
+  free(merging);
+  return FSHM_OK;
+}
+
 /* The image --------------------------------------------------------------------------------- */
 
 static void fill_header(const builder_t *b, vocabulary_header_t *h, uint32_t pattern) {
@@ -357,6 +454,7 @@ static void fill_header(const builder_t *b, vocabulary_header_t *h, uint32_t pat
   h->pattern = pattern;
   h->tokens = (uint32_t)b->count;
   h->special = (uint32_t)b->special_count;
+  h->word_bits = b->word_bits;
   h->key_bits = b->key_bits;
   h->pair_bits = b->pair_bits;
   h->cells = (uint32_t)b->cell_count;
@@ -390,7 +488,9 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   unsigned char *map = aligned_alloc(LINE, l.size);
   if (!map) return image_fail(e, FSHM_E_MEMORY);
   memset(map, 0, l.size);
+  memcpy(map + l.words, b->words, UINT64_C(8) << b->word_bits);
   memcpy(map + l.keys, b->keys, UINT64_C(16) << b->key_bits);
+  memcpy(map + l.word_ids, b->word_ids, UINT64_C(4) << b->word_bits);
   memcpy(map + l.key_ids, b->key_ids, UINT64_C(4) << b->key_bits);
   memcpy(map + l.nodes, b->cells, UINT64_C(8) * b->cell_count);
   memcpy(map + l.halves, b->halves, sizeof *b->halves * b->count);
@@ -398,8 +498,12 @@ static int make_image(const builder_t *b, vocabulary_header_t *h, fshm_vocabular
   memcpy(map + l.pairs, b->pairs, UINT64_C(8) << b->pair_bits);
   memcpy(map + l.filter, b->filter, FILTER_BYTES(b));
   put_bigrams(b, (uint32_t *)(void *)(map + l.bigrams));
+  if (put_characters(b, (uint64_t *)(void *)(map + l.characters)) != FSHM_OK) {
+    free(map);
+    return image_fail(e, FSHM_E_MEMORY);
+  }
   put_tokens(b, map, &l);
-  h->checksum = vocabulary_checksum(map + l.keys, l.size - l.keys);
+  h->checksum = vocabulary_checksum(map + l.words, l.size - l.words);
   h->check = vocabulary_header_check(h);
   memcpy(map, h, sizeof *h);
   int status = vocabulary_adopt(map, h, false, out, e);

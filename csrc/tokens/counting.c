@@ -6,8 +6,8 @@
  * that is no token through merging.h. Argued in DESIGN.md, "Counting tokens".
  */
 #include "blocks.h"
-#include "merging.h"
 #include "scanner.h"
+#include "search.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
@@ -160,15 +160,32 @@ static inline piece_key_t piece_key(const uint8_t *p, size_t length) {
   return k;
 }
 
-/* The entry of a key, or UINT64_MAX. */
-static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k, uint64_t hash) {
-  uint64_t at = hash >> (64 - v->header.key_bits);
+/* The same of up to WORD_PIECE bytes, as one word. */
+static inline uint64_t word_key(piece_key_t k) { return k.low | k.high; }
+
+/* The entry of `words`, or of `keys`, that has a key; UINT64_MAX: none. */
+static inline HOT uint64_t word_entry(const fshm_vocabulary *v, uint64_t key) {
+  uint64_t home = word_hash(key) >> (64 - v->header.word_bits);
   for (uint64_t i = 0; i < PROBES; i++) {
-    const uint64_t *entry = &v->keys[2 * (at ^ i)];
-    if (likely(entry[0] == k.low && entry[1] == k.high)) return at ^ i;
+    uint64_t seen = WORD(&v->words[home ^ i]);
+    if (likely(seen == key)) return home ^ i;
+    if (!seen) break;
+  }
+  return UINT64_MAX;
+}
+
+static inline HOT uint64_t key_entry(const fshm_vocabulary *v, piece_key_t k) {
+  uint64_t home = piece_hash(k) >> (64 - v->header.key_bits);
+  for (uint64_t i = 0; i < PROBES; i++) {
+    const uint64_t *entry = &v->keys[2 * (home ^ i)];
+    if (likely(entry[0] == k.low && entry[1] == k.high)) return home ^ i;
     if (!entry[1]) break;
   }
   return UINT64_MAX;
+}
+
+static inline HOT bool is_token(const fshm_vocabulary *v, piece_key_t k, size_t length) {
+  return (length <= WORD_PIECE ? word_entry(v, word_key(k)) : key_entry(v, k)) != UINT64_MAX;
 }
 
 /* Pieces that are no token, or long --------------------------------------------------------- */
@@ -235,7 +252,7 @@ typedef struct {
 
 static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, unmerged_t *u) {
   uint64_t count = 0;
-  merge_all(v, u->merging, u->n);
+  merge_all(v, u->merging, u->n, SHORT_PARTS);
   for (unsigned i = 0; i < u->n; i++) {
     unsigned tokens = (unsigned)__builtin_popcount(u->merging[i].parts);
     piece_key_t k = u->pieces[i].key;
@@ -248,19 +265,20 @@ static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, 
   return count;
 }
 
-/* How many tokens more than one a short piece has that is no token. Those of one that is not in the cache are counted
- * later, by merge_noted(). */
-static __attribute__((noinline)) uint64_t count_short(const fshm_vocabulary *v, const uint8_t *p,
-                                                      size_t length, piece_key_t k, uint64_t hash,
-                                                      unmerged_t *u) {
+/* How many tokens more than one a short piece has. Those of one that is not in the cache are counted later, by
+ * merge_noted(). no_token: it is known to be none. */
+static __attribute__((noinline)) uint64_t count_short(const fshm_vocabulary *v, piece_key_t k,
+                                                      size_t length, bool no_token, unmerged_t *u) {
   pair_t seen = {0, 0};
   if (v->cache) {
-    seen = pair_load(cached_short(v, hash)); /* pairs with the swap in merge_noted() */
+    seen = pair_load(cached_short(v, piece_hash(k))); /* pairs with the swap in merge_noted() */
     if (seen.who == k.low && (seen.when & UINT64_MAX >> 4) == k.high) return (seen.when >> 60) - 1;
   }
+  if (!no_token && is_token(v, k, length)) return 0;
   u->pieces[u->n].key = k;
   u->pieces[u->n].seen = seen;
-  merge_begin(v, &u->merging[u->n], p, (unsigned)length);
+  merge_begin(v, &u->merging[u->n], (const uint8_t *)&u->pieces[u->n].key, (unsigned)length,
+              SHORT_PARTS);
   return ++u->n == MERGED_AT_ONCE ? merge_noted(v, u) : 0;
 }
 
@@ -297,65 +315,116 @@ static inline bool differs(const uint64_t *entry, piece_key_t k) {
 /* Pieces that are still to be looked up. What a lookup reads is on its way meanwhile. */
 #define NOTED 128 /* so many are looked up at once, and those of one more block */
 typedef struct {
-  piece_key_t key;
   const uint8_t *at;
-  uint32_t home, length; /* home: the first entry that may be its own */
+  uint32_t length;
+} piece_t;
+typedef struct {
+  uint64_t words[NOTED + BLOCK]; /* the keys of those of up to WORD_PIECE bytes */
+  piece_t longer[NOTED + BLOCK];
+  struct {
+    piece_key_t key;
+    piece_t piece; /* where it is: of one that is longer than SHORT_PIECE */
+  } missed[NOTED + BLOCK]; /* of those before, what is in neither of the first two entries */
+  unsigned words_n, longer_n, missed_n;
 } noted_t;
 
 /* Note the pieces that `starts` tells of, but for the last one, whose end it does not tell. Returns where that begins. */
 static inline HOT const uint8_t *note_block(const fshm_vocabulary *v, const uint8_t *p,
-                                            uint64_t starts, noted_t *noted, unsigned *n) {
-  unsigned from = 0, shift = 64 - v->header.key_bits;
-  noted += *n;
-  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1, noted++, ++*n) {
+                                            uint64_t starts, noted_t *noted) {
+  unsigned from = 0, shift = 64 - v->header.word_bits;
+  unsigned words = noted->words_n, longer = noted->longer_n;
+  for (starts &= ~UINT64_C(1); starts; starts &= starts - 1) {
     unsigned to = (unsigned)__builtin_ctzll(starts), length = to - from;
-    *noted = (noted_t){{0, UINT64_MAX}, p + from, 0, length}; /* no entry has such a key */
-    if (likely(length <= SHORT_PIECE)) {
-      noted->key = piece_key(p + from, length);
-      noted->home = (uint32_t)(piece_hash(noted->key) >> shift);
-      __builtin_prefetch(&v->keys[2 * (size_t)noted->home]);
-    }
+    const bool is_word = length <= WORD_PIECE;
+    uint64_t key;
+    memcpy(&key, p + from, 8);
+    /* Both are written, and one of them is kept: no branch. */
+    key = (key & ((UINT64_C(1) << 8 * (length & 7)) - 1)) | (uint64_t)length << 56;
+    noted->words[words] = key;
+    noted->longer[longer] = (piece_t){p + from, length};
+    __builtin_prefetch(&v->words[word_hash(key) >> shift]);
+    words += is_word;
+    longer += !is_word;
     from = to;
   }
+  noted->words_n = words;
+  noted->longer_n = longer;
   return p + from;
 }
 
-static int64_t count_missed(const fshm_vocabulary *v, const noted_t *piece, unmerged_t *u) {
-  uint64_t hash = piece_hash(piece->key);
+static int64_t count_missed(const fshm_vocabulary *v, piece_key_t k, const piece_t *piece,
+                            unmerged_t *u) {
   if (piece->length > SHORT_PIECE) return count_long(v, piece->at, piece->length);
-  if (key_entry(v, piece->key, hash) != UINT64_MAX) return 1;
-  return 1 + (int64_t)count_short(v, piece->at, piece->length, piece->key, hash, u);
+  return 1 + (int64_t)count_short(v, k, piece->length, false, u);
 }
 
-/* Count the n pieces that are noted, but for those of them that are not in the first two entries: these are left for the
- * next call, and their lines of the cache asked for. The first `left` are of the call before. Returns how many are left. */
-static inline HOT unsigned count_noted(walk_t *w, noted_t *noted, unsigned left, unsigned n,
-                                       unmerged_t *u) {
-  const fshm_vocabulary *v = w->v;
-  uint8_t missed[NOTED + BLOCK];
-  unsigned misses = 0;
-  uint64_t count = w->count + n - left;
-  for (unsigned i = left; i < n; i++) {
-    size_t at = noted[i].home;
-    const bool first = differs(&v->keys[2 * at], noted[i].key),
-               second = differs(&v->keys[2 * (at ^ 1)], noted[i].key);
-    missed[misses] = (uint8_t)(i - left);
+/* Which of the words that are noted are in neither of the first two entries. Returns how many. */
+static inline HOT unsigned find_words(const fshm_vocabulary *v, const noted_t *noted,
+                                      uint8_t *missed) {
+  unsigned shift = 64 - v->header.word_bits, misses = 0;
+  for (unsigned i = 0; i < noted->words_n; i++) {
+    uint64_t key = noted->words[i], at = word_hash(key) >> shift;
+    const bool first = v->words[at] != key, second = v->words[at ^ 1] != key;
+    missed[misses] = (uint8_t)i;
     misses += first & second;
   }
-  if (v->cache) {
-    for (unsigned i = 0; i < misses; i++)
-      __builtin_prefetch(cached_short(v, piece_hash(noted[left + missed[i]].key)));
+  return misses;
+}
+
+/* The same of the longer pieces, whose keys these are. */
+static inline HOT unsigned find_keys(const fshm_vocabulary *v, const piece_key_t *keys, unsigned n,
+                                     uint8_t *missed) {
+  unsigned shift = 64 - v->header.key_bits, misses = 0;
+  for (unsigned i = 0; i < n; i++) {
+    size_t at = piece_hash(keys[i]) >> shift;
+    const bool first = differs(&v->keys[2 * at], keys[i]),
+               second = differs(&v->keys[2 * (at ^ 1)], keys[i]);
+    missed[misses] = (uint8_t)i;
+    misses += first & second;
   }
-  for (unsigned i = 0; i < left; i++) {
-    int64_t tokens = count_missed(v, &noted[i], u);
+  return misses;
+}
+
+/* Count all pieces that are noted, but for the missed ones: these are left for the next call, and their lines of the
+ * cache asked for. */
+static inline HOT void count_noted(walk_t *w, noted_t *noted, unmerged_t *u) {
+  const fshm_vocabulary *v = w->v;
+  piece_key_t keys[NOTED + BLOCK];
+  uint8_t words[NOTED + BLOCK], longer[NOTED + BLOCK];
+  for (unsigned i = 0; i < noted->longer_n; i++) {
+    const piece_t *piece = &noted->longer[i];
+    keys[i] = (piece_key_t){0, UINT64_MAX}; /* no entry has such a key */
+    if (unlikely(piece->length > SHORT_PIECE)) continue;
+    keys[i] = piece_key(piece->at, piece->length);
+    __builtin_prefetch(&v->keys[2 * (piece_hash(keys[i]) >> (64 - v->header.key_bits))]);
+  }
+  unsigned words_n = find_words(v, noted, words);
+  unsigned longer_n = find_keys(v, keys, noted->longer_n, longer);
+  uint64_t count = w->count + noted->words_n + noted->longer_n;
+  for (unsigned i = 0; i < noted->missed_n; i++) {
+    int64_t tokens = count_missed(v, noted->missed[i].key, &noted->missed[i].piece, u);
     if (unlikely(tokens < 0))
       w->failed = tokens;
     else
       count += (uint64_t)tokens - 1;
   }
-  for (unsigned i = 0; i < misses; i++) noted[i] = noted[left + missed[i]];
   w->count = count;
-  return misses;
+  unsigned n = 0;
+  for (unsigned i = 0; i < words_n; i++, n++) {
+    uint64_t key = noted->words[words[i]], length = UINT64_C(0xff) << 56;
+    noted->missed[n].key = (piece_key_t){key & ~length, key & length};
+    noted->missed[n].piece.length = (uint32_t)(key >> 56);
+  }
+  for (unsigned i = 0; i < longer_n; i++, n++) {
+    noted->missed[n].key = keys[longer[i]];
+    noted->missed[n].piece = noted->longer[longer[i]];
+  }
+  if (v->cache) {
+    for (unsigned i = 0; i < n; i++)
+      __builtin_prefetch(cached_short(v, piece_hash(noted->missed[i].key)));
+  }
+  noted->words_n = noted->longer_n = 0;
+  noted->missed_n = n;
 }
 
 /* How many of the 63 bytes at p are of the text, and ASCII; 0: not even 16. */
@@ -378,16 +447,16 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
   unmerged_t unmerged;
   unmerged.n = 0;
 #if defined(__SSE2__)
-  noted_t noted[2 * (NOTED + BLOCK)];
-  unsigned n = 0, left = 0;
+  noted_t noted;
+  noted.words_n = noted.longer_n = noted.missed_n = 0;
 #endif
   while (p < until && w->count <= w->most) {
 #if defined(__SSE2__)
     unsigned known = pattern == FSHM_PATTERN_R50K ? 0 : known_bytes(p, end);
     if (known) {
-      const uint8_t *next = note_block(v, p, block_starts(pattern, p, known), noted, &n);
-      if (n - left >= NOTED) {
-        n = left = count_noted(w, noted, left, n, &unmerged);
+      const uint8_t *next = note_block(v, p, block_starts(pattern, p, known), &noted);
+      if (noted.words_n + noted.longer_n >= NOTED) {
+        count_noted(w, &noted, &unmerged);
         if (unlikely(w->failed)) break;
       }
       if (likely(next != p)) {
@@ -401,9 +470,8 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     int64_t more = 1;
     if (likely(length <= SHORT_PIECE)) {
       piece_key_t k = piece_key(p, length);
-      uint64_t hash = piece_hash(k);
-      if (unlikely(key_entry(v, k, hash) == UINT64_MAX))
-        more += (int64_t)count_short(v, p, length, k, hash, &unmerged);
+      if (unlikely(!is_token(v, k, length)))
+        more += (int64_t)count_short(v, k, length, true, &unmerged);
     } else {
       more = count_long(v, p, length);
     }
@@ -415,7 +483,8 @@ static inline HOT void count_pieces(walk_t *w, unsigned pattern, const uint8_t *
     p = next;
   }
 #if defined(__SSE2__)
-  for (; n && !w->failed; n = left) left = count_noted(w, noted, left, n, &unmerged);
+  while ((noted.words_n || noted.longer_n || noted.missed_n) && !w->failed)
+    count_noted(w, &noted, &unmerged);
 #endif
   if (unmerged.n) w->count += merge_noted(v, &unmerged);
   w->at = p;
@@ -459,8 +528,9 @@ static size_t piece_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t le
     uint8_t copy[SHORT_PIECE + 1] = {0};
     memcpy(copy, p, length);
     piece_key_t k = piece_key(copy, length);
-    uint64_t entry = key_entry(v, k, piece_hash(k));
-    token = entry == UINT64_MAX ? NO_TOKEN : WORD(&v->key_ids[entry]);
+    const bool is_word = length <= WORD_PIECE;
+    uint64_t entry = is_word ? word_entry(v, word_key(k)) : key_entry(v, k);
+    token = entry == UINT64_MAX ? NO_TOKEN : WORD(&(is_word ? v->word_ids : v->key_ids)[entry]);
   }
   if (token >= v->header.tokens) return find_tokens(v, p, length, found);
   found->far = NULL;

@@ -1,7 +1,5 @@
-/* merging.h - the tokens of a piece that is no token itself: what merging its bytes by rank ends with, without doing
- * the merges. DESIGN.md, "Merging", proves that a sequence of tokens is that result if and only if each token is the
- * result of its own bytes, and each two neighbours stay apart by themselves. So tokens are tried from left to right,
- * the longest first; a token that does not fit its left neighbour is replaced by the next shorter one.
+/* merging.h - what two tokens merge to, whether they stay apart, and many short pieces merged by rank, in turn.
+ * DESIGN.md, "Merging".
  */
 #ifndef FSHM_MERGING_H
 #define FSHM_MERGING_H
@@ -9,6 +7,10 @@
 #include <stdlib.h>
 
 #include "vocabulary.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 /* Steps back that a search may take for each byte of its piece. Only a damaged file needs more. */
 #define SEARCH_STEPS 4096
@@ -114,32 +116,50 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
   return false;
 }
 
-/* Short pieces ------------------------------------------------------------------------------ */
+/* Many short pieces ------------------------------------------------------------------------- */
 
 #define MERGED_AT_ONCE 48 /* pieces */
-#define PARTS 16 /* more than SHORT_PIECE */
-#define NO_MERGE INT32_MAX /* behind all others */
+#define PARTS 32 /* a place each; of a piece of up to SHORT_PIECE bytes, 16 are looked at */
+#define SHORT_PARTS 16
 
-/* A piece of 1 to SHORT_PIECE bytes that is being merged by rank, as tiktoken does. */
+/* A piece of 1 to PARTS - 1 bytes that is being merged by rank, as tiktoken does. */
 typedef struct {
-  int32_t merges[PARTS]; /* by the place where a part begins; see merge_at() */
+  _Alignas(16) uint32_t merges[PARTS]; /* by the place where a part begins; see merge_at() */
   uint32_t tokens[PARTS];
-  unsigned parts; /* a bit for each place where one begins */
-  unsigned left, at; /* where the parts of the two new pairs begin */
+  uint32_t parts; /* a bit for each place where one begins */
+  uint32_t left, at; /* where the parts of the two new pairs begin */
   uint64_t pairs[2]; /* the part before the new one and it; it and the part behind it */
 } merging_t;
 #define NO_PAIR UINT64_MAX /* no entry of `pairs` has it */
 
 /* What the part at a place and the one behind it merge to, such that the least is the merge to be done: the number of
- * that token, which compares as ranks do, and then the place, since of equal ones the leftmost is first. */
-static inline int32_t merge_at(uint32_t merged, unsigned place) {
-  return merged > FSHM_MAX_TOKENS ? NO_MERGE : (int32_t)(merged * PARTS + place);
+ * that token, which compares as ranks do, and then the place, since of equal ones the leftmost is first. As bits of a
+ * float these compare alike, since they are those of positive normal numbers: SSE2 has a minimum of floats alone. */
+#define SOME_MERGE 0x40000000U
+#define NO_MERGE 0x7f7fffffU /* behind all others: FLT_MAX */
+static inline uint32_t merge_at(uint32_t merged, unsigned place) {
+  return merged > FSHM_MAX_TOKENS ? NO_MERGE : SOME_MERGE | (merged * PARTS + place);
+}
+
+static inline uint32_t least_merge(const uint32_t *merges, unsigned parts) {
+#if defined(__SSE2__)
+  const float *at = (const float *)(const void *)merges;
+  __m128 least = _mm_load_ps(at);
+  for (unsigned i = 4; i < parts; i += 4) least = _mm_min_ps(least, _mm_load_ps(at + i));
+  least = _mm_min_ps(least, _mm_movehl_ps(least, least));
+  least = _mm_min_ps(least, _mm_shuffle_ps(least, least, 1));
+  return (uint32_t)_mm_cvtsi128_si32(_mm_castps_si128(least));
+#else
+  uint32_t least = merges[0];
+  for (unsigned i = 1; i < parts; i++) least = merges[i] < least ? merges[i] : least;
+  return least;
+#endif
 }
 
 static inline void merge_begin(const fshm_vocabulary *v, merging_t *m, const uint8_t *p,
-                               unsigned length) {
+                               unsigned length, unsigned parts) {
   m->parts = (1U << length) - 1;
-  for (unsigned i = 0; i < PARTS; i++) m->merges[i] = NO_MERGE;
+  for (unsigned i = 0; i < parts; i++) m->merges[i] = NO_MERGE;
   for (unsigned i = 0; i < length; i++) {
     m->tokens[i] = NODE_TOKEN(cell_of(v, v->header.root ^ p[i])) - 1;
     if (i + 1 < length) m->merges[i] = merge_at(WORD(&v->bigrams[p[i] << 8 | p[i + 1]]), i);
@@ -148,12 +168,11 @@ static inline void merge_begin(const fshm_vocabulary *v, merging_t *m, const uin
 
 /* Do the next merge, and ask for what tells of the two pairs that it makes. False: there is none. Each merge takes one
  * part away, whatever the file says. */
-static inline bool merge_next(const fshm_vocabulary *v, merging_t *m) {
-  int32_t least = m->merges[0];
-  for (unsigned i = 1; i < PARTS; i++) least = m->merges[i] < least ? m->merges[i] : least;
+static inline bool merge_next(const fshm_vocabulary *v, merging_t *m, unsigned parts) {
+  uint32_t least = least_merge(m->merges, parts);
   if (least == NO_MERGE) return false;
-  unsigned at = (unsigned)least % PARTS, token = (unsigned)least / PARTS;
-  unsigned before = m->parts & ((1U << at) - 1), behind = m->parts & ~((2U << at) - 1);
+  unsigned at = least % PARTS, token = (least ^ SOME_MERGE) / PARTS;
+  unsigned before = m->parts & ((1U << at) - 1), behind = m->parts & ~(((1U << at) << 1) - 1);
   unsigned taken = (unsigned)__builtin_ctz(behind); /* a merge has a part behind it */
   behind &= behind - 1;
   m->parts &= ~(1U << taken);
@@ -167,112 +186,45 @@ static inline bool merge_next(const fshm_vocabulary *v, merging_t *m) {
   return true;
 }
 
-/* Of the two pairs, which may merge; and ask for what they merge to. */
-static inline void merge_filter(const fshm_vocabulary *v, merging_t *m) {
+/* A pair that may merge, and where it is told what it merges to. */
+typedef struct {
+  uint64_t pair;
+  uint32_t *merge;
+  unsigned place;
+} asked_t;
+
+/* Of the two pairs, which may merge: note them, and ask for what they merge to. No branch. */
+static inline unsigned merge_filter(const fshm_vocabulary *v, merging_t *m, asked_t *asked) {
+  unsigned n = 0;
   for (int i = 0; i < 2; i++) {
     const uint64_t hash = pair_hash(m->pairs[i]);
     const bool may = may_merge(v, hash);
-    const uint64_t none = (uint64_t)may - 1; /* all ones where it may not: no branch */
-    m->pairs[i] |= none; /* NO_PAIR */
-    __builtin_prefetch(&v->pairs[pair_home(v, hash) & ~none]);
-  }
-}
-
-static inline void merge_look_up(const fshm_vocabulary *v, merging_t *m) {
-  for (int i = 0; i < 2; i++) {
-    if (m->pairs[i] == NO_PAIR) continue;
     unsigned place = i ? m->at : m->left;
-    m->merges[place] = merge_at(found_pair(v, m->pairs[i], pair_hash(m->pairs[i])), place);
+    asked[n] = (asked_t){m->pairs[i], &m->merges[place], place};
+    n += may;
+    __builtin_prefetch(&v->pairs[pair_home(v, hash) & -(uint64_t)may]);
   }
+  return n;
 }
 
 /* Merge all of them to their ends. Which memory a merge reads is known only when the one before it is done: so there is
  * a merge of each piece in turn, and each step asks for what the next one reads. */
-static inline void merge_all(const fshm_vocabulary *v, merging_t *merging, unsigned n) {
+static inline void merge_all(const fshm_vocabulary *v, merging_t *merging, unsigned n,
+                             unsigned parts) {
   uint8_t going[MERGED_AT_ONCE];
+  asked_t asked[2 * MERGED_AT_ONCE];
   for (unsigned i = 0; i < n; i++) going[i] = (uint8_t)i;
   while (n) {
-    unsigned left = 0;
+    unsigned left = 0, pairs = 0;
     for (unsigned i = 0; i < n; i++) {
       going[left] = going[i];
-      left += merge_next(v, &merging[going[i]]);
+      left += merge_next(v, &merging[going[i]], parts);
     }
     n = left;
-    for (unsigned i = 0; i < n; i++) merge_filter(v, &merging[going[i]]);
-    for (unsigned i = 0; i < n; i++) merge_look_up(v, &merging[going[i]]);
-  }
-}
-
-/* Pieces of any length ---------------------------------------------------------------------- */
-
-/* The memory of a search: the tokens so far, each with its length in the upper 8 bits, and for each place in the piece
- * whether it was given up. */
-#define NEAR_LENGTH 4096 /* bytes of a piece whose search needs no allocation */
-#define FOUND_TOKEN(found) ((found) & 0xffffff)
-#define FOUND_LENGTH(found) ((found) >> 24)
-
-typedef struct {
-  uint32_t *found;
-  uint8_t *given_up; /* a bit for each place */
-} search_t;
-
-/* The next shorter token that this one starts with. */
-static inline match_t shorter(const fshm_vocabulary *v, match_t than) {
-  uint32_t token = PREFIX_OF(WORD(&v->prefixes[than.token]));
-  if (token >= v->header.tokens) return (match_t){NO_TOKEN, 0};
-  uint32_t length = LENGTH_OF(WORD(&v->prefixes[token]));
-  if (unlikely(!length || length >= than.length)) return (match_t){NO_TOKEN, 0}; /* damaged */
-  return (match_t){token, length};
-}
-
-/* What to try at `place` after `tried`. before: the token before it, which was tried first if it was tried. */
-static inline match_t next_candidate(const fshm_vocabulary *v, const uint8_t *p, size_t place,
-                                     size_t length, uint32_t before, match_t tried) {
-  match_t next =
-      tried.token == before ? longest_match(v, p + place, p + length) : shorter(v, tried);
-  return next.token == before && before != NO_TOKEN ? shorter(v, next) : next;
-}
-
-/* Whether the token before `place` comes a second time there. */
-static inline bool comes_again(const uint8_t *p, size_t place, size_t length, uint32_t size) {
-  return p[place] == p[place - size] && length - place >= size &&
-         !memcmp(p + place, p + place - size, size);
-}
-
-/* Returns the number of tokens in s->found. 0: there are none, which only a damaged file can be the cause of.
- *
- * At each place the token before it is tried first, where it comes again: so long runs of one character are fast, in
- * which many tokens fit for a while. Then all others, the longest first. */
-static inline size_t search_tokens(const fshm_vocabulary *v, const uint8_t *p, size_t length,
-                                   search_t *s) {
-  size_t n = 0, place = 0;
-  uint64_t patience = SEARCH_STEPS * ((uint64_t)length + 1);
-  match_t next = longest_match(v, p, p + length);
-  for (;;) {
-    uint32_t before = n ? FOUND_TOKEN(s->found[n - 1]) : NO_TOKEN;
-    while (next.token != NO_TOKEN) {
-      /* A place that was given up is never right: the tokens before it are the only ones that fit, and nothing fitted
-       * behind them. So each place is tried once. */
-      size_t to = place + next.length;
-      if (!(s->given_up[to / 8] >> (to % 8) & 1) &&
-          (!n || stay_apart(v, before, next.token, &patience)))
-        break;
-      next = next_candidate(v, p, place, length, before, next);
-    }
-    if (next.token != NO_TOKEN) {
-      s->found[n++] = next.length << 24 | next.token;
-      place += next.length;
-      if (place == length) return n;
-      if (!comes_again(p, place, length, next.length))
-        next = longest_match(v, p + place, p + length);
-      continue;
-    }
-    if (!n || !patience) return 0;
-    s->given_up[place / 8] |= (uint8_t)(1U << (place % 8));
-    next = (match_t){before, FOUND_LENGTH(s->found[--n])};
-    place -= next.length;
-    before = n ? FOUND_TOKEN(s->found[n - 1]) : NO_TOKEN;
-    next = next_candidate(v, p, place, length, before, next);
+    for (unsigned i = 0; i < n; i++) pairs += merge_filter(v, &merging[going[i]], &asked[pairs]);
+    for (unsigned i = 0; i < pairs; i++)
+      *asked[i].merge =
+          merge_at(found_pair(v, asked[i].pair, pair_hash(asked[i].pair)), asked[i].place);
   }
 }
 

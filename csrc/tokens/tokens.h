@@ -30,7 +30,7 @@ enum fshm_pattern {
   FSHM_PATTERN_O200K = 3 /* o200k_base, o200k_harmony */
 };
 
-#define FSHM_TOKENS_VERSION 3 /* of the file */
+#define FSHM_TOKENS_VERSION 4 /* of the file */
 #define FSHM_MAX_TOKENS 1048575 /* tokens of a vocabulary */
 #define FSHM_MAX_TOKEN_LENGTH 255 /* bytes */
 #define FSHM_MAX_RANK 0xfffffffe

@@ -19,15 +19,18 @@ static uint64_t in_lines(uint64_t bytes) { return (bytes + LINE - 1) / LINE * LI
 /* No number of an honest header overflows: vocabulary_open() has compared them with their bounds. */
 vocabulary_layout_t vocabulary_layout(const vocabulary_header_t *h) {
   vocabulary_layout_t l;
-  l.keys = in_lines(sizeof *h);
-  l.key_ids = l.keys + (UINT64_C(16) << h->key_bits);
+  l.words = in_lines(sizeof *h);
+  l.keys = l.words + (UINT64_C(8) << h->word_bits);
+  l.word_ids = l.keys + (UINT64_C(16) << h->key_bits);
+  l.key_ids = l.word_ids + in_lines(UINT64_C(4) << h->word_bits);
   l.nodes = l.key_ids + in_lines(UINT64_C(4) << h->key_bits);
   l.halves = l.nodes + in_lines(UINT64_C(8) * h->cells);
   l.prefixes = l.halves + in_lines(sizeof(halves_t) * h->tokens);
   l.pairs = l.prefixes + in_lines(UINT64_C(4) * h->tokens);
   l.filter = l.pairs + in_lines(UINT64_C(8) << h->pair_bits);
   l.bigrams = l.filter + in_lines(UINT64_C(1) << (h->pair_bits + 2 - 3));
-  l.ranks = l.bigrams + sizeof(uint32_t) * BIGRAMS;
+  l.characters = l.bigrams + sizeof(uint32_t) * BIGRAMS;
+  l.ranks = l.characters + sizeof(uint64_t) * CHARACTERS;
   l.offsets = l.ranks + in_lines(UINT64_C(4) * h->tokens);
   l.special = l.offsets + in_lines(UINT64_C(4) * (h->tokens + h->special + 1));
   l.bytes = l.special + in_lines(UINT64_C(4) * h->special);
@@ -65,13 +68,16 @@ int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, boo
   v->header = *h;
   v->map = map;
   v->mapped = mapped;
+  v->words = (const uint64_t *)(const void *)(map + l.words);
   v->keys = (const uint64_t *)(const void *)(map + l.keys);
+  v->word_ids = (const uint32_t *)(const void *)(map + l.word_ids);
   v->key_ids = (const uint32_t *)(const void *)(map + l.key_ids);
   v->nodes = (const uint64_t *)(const void *)(map + l.nodes);
   v->halves = (const halves_t *)(const void *)(map + l.halves);
   v->prefixes = (const uint32_t *)(const void *)(map + l.prefixes);
   v->filter = (const uint64_t *)(const void *)(map + l.filter);
   v->bigrams = (const uint32_t *)(const void *)(map + l.bigrams);
+  v->characters = (const uint64_t *)(const void *)(map + l.characters);
   v->pairs = (const uint64_t *)(const void *)(map + l.pairs);
   v->ranks = (const uint32_t *)(const void *)(map + l.ranks);
   v->offsets = (const uint32_t *)(const void *)(map + l.offsets);
@@ -89,10 +95,10 @@ int vocabulary_adopt(const unsigned char *map, const vocabulary_header_t *h, boo
 static bool within_bounds(const vocabulary_header_t *h) {
   return h->pattern >= FSHM_PATTERN_R50K && h->pattern <= FSHM_PATTERN_O200K && h->tokens >= 256 &&
          h->tokens <= FSHM_MAX_TOKENS && h->special <= FSHM_MAX_TOKENS && h->most_length >= 1 &&
-         h->most_length <= FSHM_MAX_TOKEN_LENGTH && h->key_bits >= 8 && h->key_bits <= 24 &&
-         h->pair_bits >= 8 && h->pair_bits <= 24 && h->cells >= 512 && h->cells <= MAX_CELLS &&
-         h->cells % 256 == 0 && h->root <= h->cells - 256 && h->root % 256 == 0 &&
-         h->bytes <= UINT64_C(1) << 29;
+         h->most_length <= FSHM_MAX_TOKEN_LENGTH && h->word_bits >= 8 && h->word_bits <= 24 &&
+         h->key_bits >= 8 && h->key_bits <= 24 && h->pair_bits >= 8 && h->pair_bits <= 24 &&
+         h->cells >= 512 && h->cells <= MAX_CELLS && h->cells % 256 == 0 &&
+         h->root <= h->cells - 256 && h->root % 256 == 0 && h->bytes <= UINT64_C(1) << 29;
 }
 
 /* Everything but the contents. */
@@ -135,7 +141,7 @@ static int open_fd(int fd, fshm_vocabulary **out, fshm_error *e) {
   void *map = mmap(NULL, h.size, PROT_READ, flags, fd, 0);
   if (map == MAP_FAILED) return image_fail_errno(e);
   vocabulary_layout_t l = vocabulary_layout(&h);
-  if (vocabulary_checksum((unsigned char *)map + l.keys, h.size - l.keys) != h.checksum)
+  if (vocabulary_checksum((unsigned char *)map + l.words, h.size - l.words) != h.checksum)
     status = image_fail(e, FSHM_E_DAMAGED);
   if (status == FSHM_OK) status = vocabulary_adopt(map, &h, true, out, e);
   if (status != FSHM_OK) (void)munmap(map, h.size);

@@ -24,7 +24,7 @@ from fast_litellm_shm.tokens import encoding
 if TYPE_CHECKING:
     import tiktoken
 
-FILE_VERSION = 3  # FSHM_TOKENS_VERSION of csrc/tokens/tokens.h
+FILE_VERSION = 4  # FSHM_TOKENS_VERSION of csrc/tokens/tokens.h
 UNICODE_VERSION = (16, 0)  # of csrc/tokens/unicode_classes.h
 
 # The patterns that the engine has a scanner for (enum fshm_pattern), as tiktoken spells them. They

@@ -22,6 +22,29 @@ static void test_merging(void) {
   }
 }
 
+/* Pieces long enough for hints: letters, of which windows are merged, and characters above ASCII. */
+static void test_hints(void) {
+  static uint8_t text[500];
+  for (int round = 0; round < 24; round++) {
+    bool wide = round % 2;
+    unsigned alphabet = wide ? 0 : 2 + (unsigned)random_below(5), used = alphabet;
+    vocabulary_t t = fresh_vocabulary(FSHM_PATTERN_CL100K, alphabet, (unsigned)random_below(300));
+    for (int i = 0, n = fewer(20); i < n; i++) {
+      size_t length = 100 + random_below(sizeof text - 100);
+      if (wide) {
+        length = wide_text(text, length, 1 + (unsigned)random_below(WIDE_CHARACTERS));
+      } else {
+        if (!random_below(4))
+          used = 1 + (unsigned)random_below(alphabet); /* then letters rarely merge, too */
+        for (size_t at = 0; at < length; at++)
+          text[at] = (uint8_t)('a' + random_below(random_below(99) ? used : 26));
+      }
+      check_text(&t, text, length, random_below(length));
+    }
+    free_vocabulary(&t);
+  }
+}
+
 /* Any bytes, also such as are no UTF-8: each byte belongs to one piece. */
 static void test_any_bytes(void) {
   static uint8_t text[600];
@@ -290,7 +313,7 @@ static void test_foreign(void) {
 static void test_hostile(void) {
   static uint8_t text[400];
   vocabulary_t t = saved_vocabulary();
-  uint64_t size = t.v->header.size, begin = vocabulary_layout(&t.v->header).keys;
+  uint64_t size = t.v->header.size, begin = vocabulary_layout(&t.v->header).words;
   static uint32_t out[sizeof text];
   static uint8_t back[1 << 16];
   for (int round = 0; round < 200; round++) {
@@ -346,11 +369,11 @@ static void test_hostile_files(void) {
     }
     /* Sizes of sections, within their bounds: the file is as long as they say. */
     vocabulary_header_t *h = (vocabulary_header_t *)(void *)image;
-    uint32_t *numbers[] = {&h->tokens, &h->special, &h->key_bits,   &h->pair_bits,
-                           &h->cells,  &h->root,    &h->most_length};
+    uint32_t *numbers[] = {&h->tokens,    &h->special, &h->word_bits, &h->key_bits,
+                           &h->pair_bits, &h->cells,   &h->root,      &h->most_length};
     bool fit = random_below(2);
     if (fit && length >= sizeof *h)
-      *numbers[random_below(7)] =
+      *numbers[random_below(8)] =
           (uint32_t)(random_below(2) ? random_below(30) : random_below(16) * 256);
     if (fit && length >= sizeof *h && !random_below(4)) h->bytes = random_below(1 << 12);
     size_t letters = ascii_text(text, sizeof text);
@@ -419,6 +442,7 @@ int main(int argc, char **argv) {
   }
   (void)snprintf(file_path, sizeof file_path, "/tmp/test_tokens.%d", (int)getpid());
   test_merging();
+  test_hints();
   test_any_bytes();
 #if defined(__SSE2__)
   test_blocks();

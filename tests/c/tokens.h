@@ -213,8 +213,28 @@ static void add_token(vocabulary_t *t, const uint8_t *bytes, unsigned length) {
   t->length += length + 5U;
 }
 
+/* Characters above ASCII, some of which begin or end alike. */
+static const char *const wide_characters[] = {
+    "\xc3\xa9",     "\xc4\xa9",     "\xe4\xb8\xad",     "\xe4\xb8\x80",     "\xe4\xb9\xad",
+    "\xe3\x80\x82", "\xe2\x80\x8d", "\xf0\x9f\x98\x80", "\xf0\x9f\x98\x82", "\xf0\x9f\x99\x80"};
+
+#define WIDE_CHARACTERS ((unsigned)(sizeof wide_characters / sizeof *wide_characters))
+
+/* Of the first `most` of these, and sometimes a letter. Returns the length, up to `size`. */
+static inline size_t wide_text(uint8_t *text, size_t size, unsigned most) {
+  size_t at = 0;
+  for (;;) {
+    const char *next = random_below(20) ? wide_characters[random_below(most)] : "a";
+    size_t length = strlen(next);
+    if (at + length > size) return at;
+    memcpy(text + at, next, length);
+    at += length;
+  }
+}
+
 /* The 256 bytes, and then as training does it: two neighbours that a text is merged to become a token. alphabet:
- * letters from a on, a blank, and the bytes of some characters. One more token is none that merging yields, often. */
+ * letters from a on, a blank, and the bytes of some characters; 0: characters above ASCII. One more token is none that
+ * merging yields, often. */
 static vocabulary_t make_vocabulary(unsigned alphabet, unsigned merges) {
   static const char others[] = " \n'\xc3\xa9\xe4\xb8\xad";
   vocabulary_t t = {.records = calloc(1, 1 << 17), .pattern = FSHM_PATTERN_CL100K};
@@ -223,8 +243,12 @@ static vocabulary_t make_vocabulary(unsigned alphabet, unsigned merges) {
   for (unsigned i = 0; i < 256; i++) add_token(&t, (uint8_t[]){(uint8_t)i}, 1);
   for (unsigned i = 0; i < merges; i++) {
     for (size_t at = 0; at < sizeof text; at++)
-      text[at] = random_below(8) ? (uint8_t)('a' + random_below(alphabet))
-                                 : (uint8_t)others[random_below(sizeof others - 1)];
+      text[at] = random_below(8) && alphabet ? (uint8_t)('a' + random_below(alphabet))
+                                             : (uint8_t)others[random_below(sizeof others - 1)];
+    if (!alphabet) {
+      size_t length = wide_text(text, sizeof text, WIDE_CHARACTERS);
+      memset(text + length, 'a', sizeof text - length);
+    }
     size_t n = reference_merge(&t, text, sizeof text, ends), at = n > 2 ? random_below(n - 2) : n;
     if (at == n || ends[at + 2] - ends[at] > 40) continue;
     add_token(&t, text + ends[at], ends[at + 2] - ends[at]);
@@ -290,7 +314,7 @@ static inline uint64_t make_right(uint8_t *image, uint64_t size, bool as_large) 
       size = l.size;
     }
     h.size = size;
-    if (size >= l.keys) h.checksum = vocabulary_checksum(image + l.keys, size - l.keys);
+    if (size >= l.words) h.checksum = vocabulary_checksum(image + l.words, size - l.words);
   }
   h.check = vocabulary_header_check(&h);
   memcpy(image, &h, sizeof h);

@@ -33,7 +33,7 @@ static void count_hostile(const vocabulary_t *t, const uint8_t *data, size_t siz
   static uint32_t out[LONGEST_TEXT];
   static uint8_t back[1 << 16];
   const vocabulary_header_t *h = &t->v->header;
-  uint64_t begin = vocabulary_layout(h).keys, bad = 0;
+  uint64_t begin = vocabulary_layout(h).words, bad = 0;
   unsigned char *map = aligned_alloc(LINE, h->size); /* its end is guarded by the sanitizer */
   if (!map) abort();
   memcpy(map, t->v->map, h->size);
