@@ -24,6 +24,7 @@ static void check_known(int status) {
 
 #include "threads_budgets.h"
 #include "threads_grants.h"
+#include "threads_learned.h"
 #include "threads_plans.h"
 #include "threads_statistics.h"
 
@@ -33,6 +34,7 @@ typedef struct {
   budgets_t budgets;
   statistics_t statistics;
   plans_of_threads_t plans;
+  learners_t learned;
   fshm_limiter *fixed, *several, *places, *changing, *brief, *forced, *counted;
   const char *name, *churned;
   uint64_t rounds, seed;
@@ -331,6 +333,9 @@ static void spends(scene_t *scene) { spend_each(&scene->budgets, scene->s, any_k
 static void spends_together(scene_t *scene) { spend_together(&scene->budgets); }
 static void plans(scene_t *scene) { use_plans(&scene->plans, scene->s, any_key()); }
 static void plans_together(scene_t *scene) { share_plans(&scene->plans); }
+static void learns(scene_t *scene) { learn(&scene->learned, scene->s); }
+static void passes_levels(scene_t *scene) { admit_by_levels(&scene->learned, any_key()); }
+static void opens_again(scene_t *scene) { open_for_a_group(scene->s, scene->name); }
 static void leads(scene_t *scene) { lead(scene->s); }
 static void routes(scene_t *scene) { route(&scene->statistics, scene->s); }
 static void memoizes(scene_t *scene) { memoize(scene->s, any_key()); }
@@ -343,7 +348,8 @@ static void *work(void *with) {
       inspect,       open_and_close, count_and_move, look_at_all,
       granted,       allowed,        leads,          routes,
       memoizes,      measures,       spends,         spends_together,
-      plans,         plans_together};
+      plans,         plans_together, learns,         passes_levels,
+      opens_again};
   const worker_t *me = with;
   random_state = me->scene->seed + me->number * 7919;
   for (uint64_t i = 0; i < me->scene->rounds; i++)
@@ -385,6 +391,7 @@ int main(int argc, char **argv) {
   grants_begin(&scene.grants, scene.s);
   budgets_begin(&scene.budgets, scene.s);
   plans_begin(&scene.plans, scene.s);
+  learned_begin(&scene.learned, scene.s);
   statistics_begin(&scene.statistics, scene.s);
   scene.began = fshm_now(scene.s);
   run(&scene, threads);
@@ -398,6 +405,7 @@ int main(int argc, char **argv) {
   grants_end(&scene.grants);
   budgets_end(&scene.budgets);
   plans_end(&scene.plans);
+  learned_end(&scene.learned);
   statistics_end(&scene.statistics, scene.s);
   fshm_limiter *all[] = {scene.fixed, scene.several, scene.places, scene.changing,
                          scene.brief, scene.forced,  scene.counted};

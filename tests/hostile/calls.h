@@ -1,5 +1,5 @@
 /* calls.h - every call of fast_shm.h, on a segment that may hold anything, with checks of what comes back: here,
- * in grants.h, plans.h, budgets.h and statistics.h. test_calls.py finds the one that is left out.
+ * in grants.h, levels.h, plans.h, budgets.h and statistics.h. test_calls.py finds the one that is left out.
  *
  * Used by fuzz.c and scribble.c, after unity.c. Wrong answers are allowed; answers outside their range,
  * and writes beyond what a call was given, are not: both end the program with what and where. */
@@ -103,6 +103,7 @@ static void check_fenced(const fenced_t *f) { MUST(f->before == FENCE && f->afte
 
 #include "budgets.h"
 #include "grants.h"
+#include "levels.h"
 #include "plans.h"
 #include "statistics.h"
 
@@ -377,6 +378,9 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       use_budget(u, l, key, n, now, what);
       use_zones(u, key, n, now, what);
       use_plans(u, l, key, n, now, what);
+      use_levels(u, key, n, now, what);
+      use_learned(u, key, n, now, what);
+      use_clock(u, n, what);
       break;
     case FIRST_GRANTED + 3:
       use_permit_lease(u, what & 16 || !u->limiters[5] ? l : u->limiters[5], key, n, now, what);
