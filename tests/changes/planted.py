@@ -42,6 +42,42 @@ RELEASED = "release_here(l->segment, process, reserved->id, reserved->entry, amo
 
 FAULTS: tuple[Fault, ...] = (
     Fault(
+        "a plan reads a bucket's state by its own rule, whichever plan wrote it",
+        "limits/limiter.c",
+        (
+            (
+                "  const bool former = unlikely(record != own) && "
+                "record_rule(c->s, record, &old, &slack);\n",
+                "  const bool former = false;\n",
+            ),
+        ),
+        "test_plans",
+    ),
+    Fault(
+        "what rounding adds to an arrival time is not taken off",
+        "limits/plans.h",
+        (("  *slack = u - 1;\n", "  *slack = 0;\n"),),
+        "test_plans",
+    ),
+    Fault(
+        "the interval of a coarser unit is not longer than the limit's",
+        "limits/plans.h",
+        (("& ~(u - 1)) + u;\n", "& ~(u - 1));\n"),),
+        "test_plans",
+    ),
+    Fault(
+        "a charge of a plan's window makes debt",
+        "limits/plans.h",
+        (("  fine.n = min_u64((UINT64_C(1) << bits) - 1, WINDOW_MAX_N);\n", ""),),
+        "test_plans",
+    ),
+    Fault(
+        "a reset forgets overrides",
+        "limits/plans.c",
+        (("  if (WHO_PLACE(pair.who) == PLACE_NONE || ", "  if ("),),
+        "test_plans",
+    ),
+    Fault(
         "a settlement gives back what was not charged",
         "limits/limiter.c",
         (
