@@ -232,7 +232,7 @@ struct fshm_limiter {
   uint16_t counters; /* index of its counters; COUNTERS: its calls are not counted */
   uint16_t share; /* keys without a slot use shared counters: fshm_limiter_share() */
   uint64_t key[2]; /* SipHash key of this limiter */
-  const own_t *own; /* NULL: the limits are those of the name */
+  own_t *own; /* NULL: the limits are those of the name */
   _Atomic uint32_t released; /* 1 + the permit number released last; 0 = none */
   _Atomic uint32_t frontier; /* the permit number where this process looks for a free one next */
   _Atomic uint64_t beyond; /* segment ns of the last look beyond a lowered limit */

@@ -304,8 +304,8 @@ int fshm_limiter_find(fshm_segment *s, const char *name, uint64_t name_length, f
   return open_handle(s, name, name_length, NULL, 0, 0, 0, out);
 }
 
-void limiter_owns(fshm_limiter *l, const own_t *own) {
-  free((void *)l->own);
+void limiter_owns(fshm_limiter *l, own_t *own) {
+  free(l->own);
   l->own = own;
 }
 

@@ -128,7 +128,7 @@ static inline HOT bool limits_load_of_inline(const fshm_limiter *l, snapshot_t *
   return readable;
 }
 bool limits_load_of(const fshm_limiter *l, snapshot_t *out);
-void limiter_owns(fshm_limiter *l, const own_t *own);
+void limiter_owns(fshm_limiter *l, own_t *own);
 bool limits_wrong(const fshm_segment *s, uint32_t index, bool published);
 bool limits_name_wrong(const fshm_segment *s, uint32_t index);
 uint64_t limits_most(const fshm_segment *s, uint32_t index);

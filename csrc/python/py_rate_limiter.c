@@ -697,7 +697,7 @@ static PyObject *core_bind_cluster(PyObject *o, PyObject *args) {
 static PyObject *core_bind_plans(PyObject *o, PyObject *age) {
   Core *self = (Core *)o;
   const double seconds = PyFloat_AsDouble(age);
-  if (seconds == -1 && PyErr_Occurred()) return NULL;
+  if (PyErr_Occurred()) return NULL;
   if (bound(self)) return NULL;
   if (self->plans.entries) return PyErr_Format(PyExc_RuntimeError, "plans are bound once");
   self->plans.age = seconds > 1e9 ? UINT64_MAX >> 25 : (uint64_t)(seconds * 1e9) >> 20;

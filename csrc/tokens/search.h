@@ -46,12 +46,12 @@ static inline bool comes_again(const uint8_t *p, size_t place, size_t length, ui
 #define LEAST_WINDOWS 4 /* fewer are not worth it */
 #define LEAST_WINDOWED \
   (LEAST_WINDOWS * LEAST_WINDOW) /* bytes that are left; more than is read for one window */
-#define AHEAD (MERGED_AT_ONCE * WINDOW)
+#define SEARCHED_AHEAD (MERGED_AT_ONCE * WINDOW)
 
 typedef struct {
   size_t from, until;
   uint32_t tokens
-      [AHEAD]; /* as in `found`, by the place where one begins, less `from`; 0: none begins there */
+      [SEARCHED_AHEAD]; /* as in `found`, by the place where one begins, less `from`; 0: none begins there */
 } hints_t;
 
 /* Whether the next bytes are worth a window: ASCII, and no run of a few characters, in which the search is fast. */
@@ -201,7 +201,7 @@ static inline uint64_t character_at_place(const searching_t *g, size_t place, un
   if (p[0] < FIRST_LEAD || second > 63) return 0;
   if (p[0] < 0xe0) {
     *width = 2;
-    return WORD(&g->v->characters[(p[0] & 31) << 6 | second]);
+    return WORD(&g->v->characters[(p[0] & 31U) << 6 | second]);
   }
   if (third > 63) return 0;
   if (p[0] < 0xf0) {

@@ -76,9 +76,9 @@ static void test_any_bits(void) {
     CHECK_OP(next, <=, how.most);
     if (learned_has(was, LIMIT_SHIFT)) CHECK_OP(number_of(is), >, number_of(was));
     if (call.throttled) CHECK_OP(next, <=, limit);
-    const bool measured = turn_read(before.words[LEARNED_TURN], limit).phase == FSHM_PHASE_MEASURE;
+    const bool was_measured = turn_read(before.words[LEARNED_TURN], limit).phase == FSHM_PHASE_MEASURE;
     if (!call.throttled && how.algorithm == FSHM_AIMD) CHECK_OP(next, >=, limit);
-    if (!measured) CHECK_OP(next, <=, raised_by_round(limit));
+    if (!was_measured) CHECK_OP(next, <=, raised_by_round(limit));
     /* Permits that calls before it may hold are below the top. */
     if (learned_has(was, LIMIT_SHIFT))
       CHECK_OP(learned_top(is), >=, min_u64(learned_top(was), learned_limit(was)));
@@ -140,9 +140,10 @@ static void good(measured_t m, double use, double refused, const char *what, int
 /* The hidden limit halves. Within 10 s, and ever after: 90 % of it are used, and 2 % of the calls refused. */
 static void test_halves(void) {
   static simulated_t s;
+  const uint32_t spreads = (uint32_t)fewer(2), largest = fewer(10) < 10 ? 16 : 128;
   for (int i = 0, n = fewer(2); i < n; i++) {
-    for (uint32_t spread = 0; spread < 2; spread++) {
-      for (uint32_t hidden = 16; hidden <= 128; hidden *= 2) {
+    for (uint32_t spread = 0; spread < spreads; spread++) {
+      for (uint32_t hidden = 16; hidden <= largest; hidden *= 2) {
         upstream_t up = refuses;
         for (uint32_t kind = 0; kind < 2; kind++) {
           up = kind ? rates : refuses;
@@ -198,7 +199,7 @@ static void test_other_upstreams(void) {
       {{20, 0, 3 * SECOND, 2, 20 * MS, 200, false}, 0.9, 0.02},
       {{150, 0, 5 * MS, 1, MS, 400, false}, 0.9, 0.02},
   };
-  for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+  for (size_t i = 0; i < (size_t)fewer(sizeof cases / sizeof *cases); i++) {
     simulate_begin(&s, aimd, cases[i].up);
     (void)simulate(&s, 300 * SECOND);
     GOOD(simulate(&s, 600 * SECOND), cases[i].use, cases[i].refused, "another upstream");
@@ -229,9 +230,9 @@ static void test_not_used(void) {
     up.hidden = 100;
     up.demand = 30;
     simulate_begin(&s, *both[i], up);
-    (void)simulate(&s, 1000 * SECOND);
+    (void)simulate(&s, (fewer(10) < 10 ? 100 : 1000) * SECOND);
     CHECK_OP(s.highest, <=, 45);
-    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=, 15); /* halved while it is measured */
+    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=, 15); /* halved while it is was_measured */
   }
 }
 
@@ -368,7 +369,7 @@ static void test_same_course(void) {
              FSHM_ALLOWED);
     CHECK_EQ(fshm_permit_release(w.permits, &permit), 1);
     words.words[LEARNED_LIMIT] = limit_word_cleaned(limit_word_first(20, now), now);
-    for (int i = 0; i < 20000; i++) {
+    for (int i = 0, n = fewer(20000); i < n; i++) {
       now += random_below(20 * MS);
       const fshm_sample call = {now - random_below(100 * MS), random_below(100 * MS),
                                 (uint32_t)random_below(40), random_below(50) == 0};

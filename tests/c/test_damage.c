@@ -188,7 +188,7 @@ static void test_states_that_are_written(void) {
     }
   }
   CHECK(state_possible(PENDING(0)) && state_possible(UINT64_MAX >> 4 | UINT64_C(6) << 61));
-  CHECK(!state_possible(1ULL << 59) && !state_possible(UINT64_MAX)); /* no time; slot 131,071 */
+  CHECK(!state_possible(1ULL << 58) && !state_possible(UINT64_MAX)); /* no time; slot 131,071 */
 }
 
 /* damage --------------------------------------------------------------------------------------- */
