@@ -185,8 +185,8 @@ static COLD void learned_tell(known_words_t *w, fshm_learned *out) {
   if (!w->at[LEARNED_LIMIT].pair.who) return;
   out->limit = learned_limit(words[LEARNED_LIMIT]);
   out->exact = learned_clean(words[LEARNED_LIMIT]);
-  const turn_t t = turn_read(words[LEARNED_TURN], out->limit);
-  const round_t r = round_read(words[LEARNED_ROUND], words[LEARNED_TURN]);
+  const learned_turn_t t = turn_read(words[LEARNED_TURN], out->limit);
+  const learned_round_t r = round_read(words[LEARNED_ROUND], words[LEARNED_TURN]);
   out->best = t.best;
   out->phase = t.phase;
   out->turn_ns = t.since ? minus(w->k.now, t.since) + 1 : 0;

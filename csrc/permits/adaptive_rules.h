@@ -115,7 +115,7 @@ typedef struct {
   uint64_t since; /* calls that began before it do not count; 0: there was no turn */
   uint32_t best, floor; /* floor: refusals of the same overload do not lower `best` below it */
   unsigned phase;
-} turn_t;
+} learned_turn_t;
 
 /* Below 8 itself, above rounded down to three bits. */
 static inline unsigned floor_code(uint32_t floor) {
@@ -126,14 +126,14 @@ static inline uint32_t floor_of(unsigned code) {
   return code < 8 ? code : (4 | (code & 3)) << (code / 4 - 1);
 }
 
-static inline uint64_t turn_word(const turn_t *t, uint64_t now) {
+static inline uint64_t turn_word(const learned_turn_t *t, uint64_t now) {
   const uint64_t rest = (uint64_t)t->best << 8 | t->phase << 6 | floor_code(t->floor);
   /* The next multiple: a call that began before `now` began before it. */
   const uint64_t end = (plus_time(now, LEARNED_LIFE) >> TURN_SHIFT) + 1;
   return learned_word(TURN_SHIFT, end << TURN_SHIFT, rest);
 }
-static inline turn_t turn_read(uint64_t word, uint32_t limit) {
-  turn_t t = {0, limit, 1, FSHM_PHASE_START};
+static inline learned_turn_t turn_read(uint64_t word, uint32_t limit) {
+  learned_turn_t t = {0, limit, 1, FSHM_PHASE_START};
   if (!learned_has(word, TURN_SHIFT)) return t;
   t.since = minus(state_expires(word), LEARNED_LIFE);
   t.best = (uint32_t)min_u64(max_u64(word >> 8 & 0x3fff, 1), FSHM_MAX_ADAPTIVE);
@@ -150,15 +150,15 @@ static inline unsigned turn_tag(uint64_t word) {
 typedef struct {
   uint32_t calls;
   unsigned rounds;
-} round_t;
-static inline round_t round_read(uint64_t word, uint64_t turn) {
-  round_t r = {0, 0};
+} learned_round_t;
+static inline learned_round_t round_read(uint64_t word, uint64_t turn) {
+  learned_round_t r = {0, 0};
   if (!learned_has(word, LIMIT_SHIFT) || (word >> 9 & 0xff) != turn_tag(turn)) return r;
   r.calls = (uint32_t)(word >> 17) & 0x3fff;
   r.rounds = (unsigned)(word >> 2) & 0x7f;
   return r;
 }
-static inline uint64_t round_word(const round_t *r, uint64_t turn, uint64_t now) {
+static inline uint64_t round_word(const learned_round_t *r, uint64_t turn, uint64_t now) {
   const uint64_t rest =
       (uint64_t)r->calls << 17 | (uint64_t)turn_tag(turn) << 9 | (uint64_t)r->rounds << 2 | 2;
   return learned_word(LIMIT_SHIFT, learned_later(now), rest);
@@ -237,7 +237,7 @@ static inline uint32_t raised_by_round(uint32_t limit) {
 }
 
 /* The limit after a round that was used, without a look at latencies. */
-static inline uint32_t grown(const turn_t *t, uint32_t limit, unsigned rounds) {
+static inline uint32_t grown(const learned_turn_t *t, uint32_t limit, unsigned rounds) {
   const uint32_t most = raised_by_round(limit);
   if (t->phase != FSHM_PHASE_REFUSED || rounds >= MOST_ROUNDS) return most;
   const uint32_t curve = curve_at(t->best, rounds);
@@ -259,7 +259,7 @@ static inline uint32_t steered(const fshm_adaptive *how, uint32_t limit, uint32_
 static inline void adaptive_refused(const fshm_adaptive *how, learned_t *w, const fshm_sample *call,
                                     uint64_t now) {
   uint32_t limit = adaptive_clamp(how, learned_limit(w->words[LEARNED_LIMIT]));
-  turn_t t = turn_read(w->words[LEARNED_TURN], limit);
+  learned_turn_t t = turn_read(w->words[LEARNED_TURN], limit);
   const uint32_t mean = latency_mean(w->words[LEARNED_LATENCY]);
   const uint64_t over = plus_time(t.since, mean ? latency_of(mean) : 0);
   uint64_t at = now;
@@ -286,15 +286,15 @@ static inline void adaptive_refused(const fshm_adaptive *how, learned_t *w, cons
 /* A turn that is no refusal: the measuring of the base begins, or ends. */
 static inline void adaptive_turn(learned_t *w, unsigned phase, uint32_t best, uint32_t limit,
                                  uint64_t now) {
-  const turn_t t = {0, best, 1, phase};
+  const learned_turn_t t = {0, best, 1, phase};
   w->words[LEARNED_TURN] = turn_word(&t, now);
   w->words[LEARNED_ROUND] = 0;
   w->words[LEARNED_LIMIT] = limit_word_moved(w->words[LEARNED_LIMIT], limit, now);
 }
 
 /* A round of latencies is over. */
-static inline void adaptive_steer(const fshm_adaptive *how, learned_t *w, const turn_t *t,
-                                  round_t *r, uint32_t limit, bool used, uint64_t now) {
+static inline void adaptive_steer(const fshm_adaptive *how, learned_t *w, const learned_turn_t *t,
+                                  learned_round_t *r, uint32_t limit, bool used, uint64_t now) {
   const uint32_t mean = latency_mean(w->words[LEARNED_LATENCY]);
   uint32_t base = latency_base(w->words[LEARNED_LATENCY]), to = limit;
   if (!base || t->phase == FSHM_PHASE_MEASURE) base = mean;
@@ -322,11 +322,11 @@ static inline void adaptive_steer(const fshm_adaptive *how, learned_t *w, const 
 static inline void adaptive_served(const fshm_adaptive *how, learned_t *w, const fshm_sample *call,
                                    uint64_t now) {
   const uint32_t limit = adaptive_clamp(how, learned_limit(w->words[LEARNED_LIMIT]));
-  const turn_t t = turn_read(w->words[LEARNED_TURN], limit);
+  const learned_turn_t t = turn_read(w->words[LEARNED_TURN], limit);
   const bool used = 4 * (uint64_t)call->in_flight >= 3 * (uint64_t)limit;
   const bool steers = how->algorithm == FSHM_GRADIENT;
   if (call->started_ns < t.since) return;
-  round_t r = round_read(w->words[LEARNED_ROUND], w->words[LEARNED_TURN]);
+  learned_round_t r = round_read(w->words[LEARNED_ROUND], w->words[LEARNED_TURN]);
   if (used || steers) r.calls++;
   const uint64_t latency = w->words[LEARNED_LATENCY];
   const uint32_t nth = steers ? r.calls : 16; /* without rounds of latencies: a mean that forgets */

@@ -76,7 +76,8 @@ static void test_any_bits(void) {
     CHECK_OP(next, <=, how.most);
     if (learned_has(was, LIMIT_SHIFT)) CHECK_OP(number_of(is), >, number_of(was));
     if (call.throttled) CHECK_OP(next, <=, limit);
-    const bool was_measured = turn_read(before.words[LEARNED_TURN], limit).phase == FSHM_PHASE_MEASURE;
+    const bool was_measured =
+        turn_read(before.words[LEARNED_TURN], limit).phase == FSHM_PHASE_MEASURE;
     if (!call.throttled && how.algorithm == FSHM_AIMD) CHECK_OP(next, >=, limit);
     if (!was_measured) CHECK_OP(next, <=, raised_by_round(limit));
     /* Permits that calls before it may hold are below the top. */
@@ -232,7 +233,8 @@ static void test_not_used(void) {
     simulate_begin(&s, *both[i], up);
     (void)simulate(&s, (fewer(10) < 10 ? 100 : 1000) * SECOND);
     CHECK_OP(s.highest, <=, 45);
-    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=, 15); /* halved while it is was_measured */
+    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=,
+             15); /* halved while it is measured */
   }
 }
 
