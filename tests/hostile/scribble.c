@@ -39,12 +39,12 @@ static worker_t *workers;
 static _Atomic uint64_t *stop;
 static uint64_t told; /* rounds after which the segment said that it was damaged */
 
-static uint64_t clock_of(clockid_t id) {
+static uint64_t posix_clock(clockid_t id) {
   struct timespec t;
   (void)clock_gettime(id, &t);
   return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
 }
-static uint64_t monotonic(void) { return clock_of(CLOCK_MONOTONIC); }
+static uint64_t monotonic(void) { return posix_clock(CLOCK_MONOTONIC); }
 
 /* A number as calls.h takes them: small, a place, a time, or odd. */
 static uint64_t any_number(void) {
@@ -63,14 +63,14 @@ static void work(int me, void *with) {
     unsigned what = (unsigned)random_below(128), which = who % LIMITERS;
     store_relaxed(&w->call, (uint64_t)call << 32 | what << 8 | who);
     store_relaxed(&w->began, monotonic());
-    uint64_t took = clock_of(CLOCK_THREAD_CPUTIME_ID);
+    uint64_t took = posix_clock(CLOCK_THREAD_CPUTIME_ID);
     if (call == CALLS) /* more often than any other: it reads the most */
       look_at_all(&u);
     else if (!u.limiters[which] && call > 1)
       open_limiter(&u, which, random_below(4) ? 0 : (unsigned)random_below(16), random_below(2));
     else
       one_call(&u, call, who, what, any_number());
-    took = clock_of(CLOCK_THREAD_CPUTIME_ID) - took;
+    took = posix_clock(CLOCK_THREAD_CPUTIME_ID) - took;
     if (took > load_relaxed(&w->longest)) {
       store_relaxed(&w->longest, took);
       store_relaxed(&w->longest_call, load_relaxed(&w->call));
