@@ -689,19 +689,21 @@ UNGUARDED void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const voi
   out->status = apply(l, &hash, FSHM_ACQUIRE, key, length, costs, 0, 0, out, NULL);
 }
 
-UNGUARDED void limiter_acquire_own(fshm_limiter *l, const own_t *own, uint64_t hash,
-                                   const void *key, uint64_t length, fshm_decision *out) {
+UNGUARDED void limiter_acquire_plan(fshm_limiter *l, const rule_t *packed, uint64_t hash,
+                                    const void *key, uint64_t length, fshm_decision *out) {
   call_t c;
+  own_t own; /* what a call of one limit reads of it */
+  plan_unpack(l->index, packed, &own);
   c.snapshot.count = 0;
   if (likely(limits_load_inline(l->segment, l->index, &c.snapshot)))
-    limits_own(l->segment, own, &c.snapshot);
+    limits_own(l->segment, &own, &c.snapshot);
   if (unlikely(!c.snapshot.count)) {
     memset(out, 0, sizeof *out);
     out->status = damage_limits(l->segment, l->index);
     return;
   }
   begin_hashed(&c, l, hash, 0);
-  c.own = own;
+  c.own = &own;
   out->status = apply_begun(&c, FSHM_ACQUIRE, key, length, out, NULL);
 }
 

@@ -8,8 +8,11 @@ uint64_t limiter_fetch(const fshm_limiter *l, const void *key, uint64_t length);
 void limiter_acquire_fetched(fshm_limiter *l, uint64_t hash, const void *key, uint64_t length,
                              const uint64_t *costs, fshm_decision *out);
 /* FSHM_ACQUIRE of cost 1, by the limits of another handle of the same name (plans.h). */
-void limiter_acquire_own(fshm_limiter *l, const own_t *own, uint64_t hash, const void *key,
-                         uint64_t length, fshm_decision *out);
+void limiter_acquire_plan(fshm_limiter *l, const rule_t *packed, uint64_t hash, const void *key,
+                          uint64_t length, fshm_decision *out);
+/* A plan of one limit, in the one cache line that such a call takes of it: for callers with many plans. False: it has
+ * several. */
+bool plan_pack(const own_t *own, rule_t *out);
 int limiter_take(fshm_limiter *l, const snapshot_t *snapshot, uint64_t hash, uint32_t op,
                  const void *key, uint64_t key_length, const uint64_t *costs, uint64_t now,
                  fshm_decision *out, fshm_charged *charges);

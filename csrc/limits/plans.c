@@ -162,6 +162,37 @@ COLD void plan_forget(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t c
   if (entry_current(s, index) == current) (void)pair_cas(&s->slots[slot], &pair, empty);
 }
 
+/* A bucket's rule has no use for `strict` and `place` once it is made: there is the number of its record. */
+COLD bool plan_pack(const own_t *own, rule_t *out) {
+  if (!own->planned || own->count != 1) return false;
+  *out = own->of[0].rule;
+  if (out->kind == FSHM_BUCKET) {
+    out->strict = (uint16_t)own->of[0].record;
+    out->place = (uint16_t)(own->of[0].record >> 16);
+  }
+  return true;
+}
+
+void plan_unpack(uint32_t index, const rule_t *packed, own_t *out) {
+  struct own_limit *of = &out->of[0];
+  of->rule = *packed;
+  of->record = 0;
+  of->slack = 0;
+  out->planned = true;
+  out->count = 1;
+  uint64_t tail = 0;
+  if (packed->kind == FSHM_BUCKET) {
+    of->record = packed->strict | (uint32_t)packed->place << 16;
+    of->rule.strict = 0;
+    of->rule.place = PLACE_NONE;
+    const uint64_t u = UINT64_C(1) << tier_of_record(of->record)->shift;
+    if (u > 1 && packed->den == 1 && packed->num >= COARSE) of->slack = u - 1; /* planned_rule() */
+    tail = record_tail(of->record);
+  }
+  const fshm_limit shape = {1, packed->per, 0, packed->kind, of->rule.strict};
+  of->tail = shape_of(&shape, 0) | WHO_OF(index, 0, 0, 0) | tail;
+}
+
 /* overrides ------------------------------------------------------------------------------------ */
 
 /* The slot of an override. No reset of the limiter forgets it: its fingerprint has no salt. Its state is that of money,

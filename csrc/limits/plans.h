@@ -98,6 +98,9 @@ void plan_forget(fshm_segment *s, uint32_t index, uint64_t slot, uint64_t curren
 /* Forget what the key has consumed under any plan. */
 void plan_reset_key(fshm_segment *s, uint32_t index, uint64_t hash);
 
+/* plan_pack() back. Only what a call of one limit reads is set. */
+void plan_unpack(uint32_t index, const rule_t *packed, own_t *out);
+
 /* The limits of the handle's plan, for one call. */
 void plan_load(fshm_segment *s, const own_t *own, snapshot_t *p);
 /* The rule of a bucket's record, and its slack. False: no call has written this number. */

@@ -9,6 +9,7 @@
 #define FSHM_PY_PLANS_H
 
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "../limits/limiter.h"
 #include "py_args.h"
@@ -18,10 +19,9 @@
 #define PLAN_WAYS 4
 #define MOST_PLANS (1U << 20) /* numbers of plans: 20 bits of 24 */
 
-/* A plan of the limiter: its Core, and what a call takes of it. own: NULL: the Core decides itself (a server grants). */
+/* A plan of the limiter: its Core, and its limits. */
 typedef struct {
   PyObject *core, *limits;
-  const own_t *own;
 } plan_t;
 
 /* key: hash of the key ^ found. found: when (40 bits, of 2^20 ns) | number of the plan (24). 0: free. So two words that were
@@ -33,6 +33,10 @@ typedef struct {
 typedef struct {
   plan_entry_t *entries; /* NULL: the keys of this Core have no plans */
   plan_t *plans;
+  /* By the number of the plan: a cache line each, plan_pack(). den 0: the Core decides itself, since it has several limits,
+   * or a server grants them. */
+  rule_t *packed;
+  void *mapped, *allocated; /* where entries and packed lie */
   uint32_t count;
   uint32_t overrides; /* fshm_overrides(): answers before `since` were found by an older number */
   uint64_t since, age; /* of 2^20 ns */
@@ -44,26 +48,27 @@ static inline plan_entry_t *plan_line(const plans_t *p, uint64_t hash) {
   return &p->entries[(hash & (PLAN_LINES - 1)) * PLAN_WAYS];
 }
 
-/* The plan of the key, whenever it was found; NULL: not there. when: of 2^20 ns. */
-static inline const plan_t *plan_there(const plans_t *p, uint64_t hash, uint64_t *when) {
+#define NO_PLAN UINT32_MAX
+/* The plan of the key, whenever it was found; NO_PLAN: not there. when: of 2^20 ns. */
+static inline uint32_t plan_there(const plans_t *p, uint64_t hash, uint64_t *when) {
   const plan_entry_t *line = plan_line(p, hash);
   for (unsigned i = 0; i < PLAN_WAYS; i++) {
     const uint64_t found = RELAXED_GET(line[i].found);
     if ((RELAXED_GET(line[i].key) ^ found) != hash || !found) continue;
     const uint32_t number = (uint32_t)(found & 0xffffff);
     *when = found >> 24;
-    return number < __atomic_load_n(&p->count, __ATOMIC_ACQUIRE) ? &p->plans[number] : NULL;
+    return number < __atomic_load_n(&p->count, __ATOMIC_ACQUIRE) ? number : NO_PLAN;
   }
-  return NULL;
+  return NO_PLAN;
 }
-/* The plan that counts now; NULL: it has to be found. */
-static inline const plan_t *plan_now(const plans_t *p, const fshm_limiter *l, uint64_t hash) {
+/* The plan that counts now; NO_PLAN: it has to be found. */
+static inline uint32_t plan_now(const plans_t *p, const fshm_limiter *l, uint64_t hash) {
   uint64_t when;
-  const plan_t *plan = plan_there(p, hash, &when);
-  if (unlikely(!plan || when < RELAXED_GET(p->since) ||
+  const uint32_t plan = plan_there(p, hash, &when);
+  if (unlikely(plan == NO_PLAN || when < RELAXED_GET(p->since) ||
                (int64_t)(plan_clock() - when) > (int64_t)p->age ||
                fshm_overrides((fshm_limiter *)(uintptr_t)l) != RELAXED_GET(p->overrides)))
-    return NULL;
+    return NO_PLAN;
   return plan;
 }
 
@@ -90,12 +95,38 @@ static void plan_remember(plans_t *p, uint64_t hash, uint32_t number, uint64_t w
   RELAXED_SET(oldest->key, hash ^ found);
 }
 
+#define PLAN_BYTES (PLAN_LINES * PLAN_WAYS * sizeof(plan_entry_t))
+#define HUGE_PAGE (UINT64_C(2) << 20)
+/* In huge pages where the system gives them on request: keys lie anywhere in the 4 MB, and a page that is not in the TLB
+ * costs as much as the line. Zeroed. */
+static plan_entry_t *plan_entries(void **mapped) {
+  void *at = mmap(NULL, PLAN_BYTES + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                  -1, 0);
+  *mapped = at == MAP_FAILED ? NULL : at;
+  if (!*mapped) return NULL;
+  at = (void *)(((uintptr_t)at + HUGE_PAGE - 1) & ~(uintptr_t)(HUGE_PAGE - 1));
+#if defined(MADV_HUGEPAGE)
+  (void)madvise(at, PLAN_BYTES, MADV_HUGEPAGE);
+#endif
+  return at;
+}
+static bool plans_make(plans_t *p) {
+  p->plans = calloc(MOST_PLANS, sizeof *p->plans); /* untouched pages take no memory */
+  p->allocated = calloc(MOST_PLANS + 1, sizeof *p->packed);
+  plan_entry_t *entries = plan_entries(&p->mapped);
+  if (!p->plans || !p->allocated || !entries) return false;
+  p->packed = (rule_t *)(void *)(((uintptr_t)p->allocated + 63) & ~(uintptr_t)63);
+  p->entries = entries;
+  return true;
+}
+
 static void plans_free(plans_t *p) {
   for (uint32_t i = 0; i < p->count; i++) {
     Py_DECREF(p->plans[i].core);
     Py_DECREF(p->plans[i].limits);
   }
-  free(p->entries);
+  if (p->mapped) (void)munmap(p->mapped, PLAN_BYTES + HUGE_PAGE);
+  free(p->allocated);
   free(p->plans);
 }
 

@@ -141,10 +141,10 @@ static PyObject *plan_core(Core *self, PyObject *key) {
   key_arg k;
   if (get_key(key, &k)) return NULL;
   const uint64_t hash = limiter_fetch(self->limiter, k.bytes, (uint64_t)k.length);
-  const plan_t *plan = plan_now(&self->plans, self->limiter, hash);
+  const uint32_t plan = plan_now(&self->plans, self->limiter, hash);
   Py_XDECREF(k.held);
-  return plan ? Py_NewRef(plan->core)
-              : PyObject_CallMethod((PyObject *)self, "_answering", "O", key);
+  return plan != NO_PLAN ? Py_NewRef(self->plans.plans[plan].core)
+                         : PyObject_CallMethod((PyObject *)self, "_answering", "O", key);
 }
 
 /* The same call, of that Core. */
@@ -166,19 +166,21 @@ static __attribute__((noinline)) PyObject *by_plan(PyObject *self, PyObject *con
 
 /* The usual call of such a limiter: its own Core is touched, and no other. 0: by_plan(). -1: an exception. */
 static inline int plan_decides(Core *self, PyObject *const *args, Py_ssize_t n, PyObject *kw,
-                               fshm_decision *d, const plan_t **out) {
+                               fshm_decision *d, uint32_t *out) {
   key_arg k;
   if (unlikely(n != 1 || kw || !PyUnicode_Check(args[0]))) return 0;
   if (get_key(args[0], &k)) return -1;
   const uint64_t hash = limiter_fetch(self->limiter, k.bytes, (uint64_t)k.length);
   __builtin_prefetch(plan_line(&self->plans, hash));
-  const plan_t *plan = *out = k.held ? NULL : plan_now(&self->plans, self->limiter, hash);
-  if (likely(plan && plan->own))
-    limiter_acquire_own(self->limiter, plan->own, hash, k.bytes, (uint64_t)k.length, d);
-  Py_XDECREF(k.held);
-  if (unlikely(!plan || !plan->own)) return 0;
+  const uint32_t number = *out = plan_now(&self->plans, self->limiter, hash);
+  const rule_t *packed = number == NO_PLAN ? NULL : &self->plans.packed[number];
+  if (unlikely(k.held || !packed || !packed->den)) {
+    Py_XDECREF(k.held);
+    return 0;
+  }
+  limiter_acquire_plan(self->limiter, packed, hash, k.bytes, (uint64_t)k.length, d);
   if (likely(!odd(self, d))) return 1;
-  PyObject *core = Py_NewRef(plan->core);
+  PyObject *core = Py_NewRef(self->plans.plans[number].core);
   int failed = settle((Core *)core, d);
   Py_DECREF(core);
   return failed ? -1 : 1;
@@ -188,15 +190,15 @@ static PyObject *core_is_allowed(PyObject *self, PyObject *const *args, Py_ssize
 static PyObject *acquire_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                  PyObject *kw) {
   fshm_decision d;
-  const plan_t *plan;
+  uint32_t plan;
   int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
-  if (known > 0) return make_decision(Py_NewRef(plan->limits), &d);
+  if (known > 0) return make_decision(Py_NewRef(((Core *)self)->plans.plans[plan].limits), &d);
   return known ? NULL : by_plan(self, args, n, kw, core_acquire);
 }
 static PyObject *is_allowed_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
                                     PyObject *kw) {
   fshm_decision d;
-  const plan_t *plan;
+  uint32_t plan;
   int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
   if (known > 0) return PyBool_FromLong(d.status == FSHM_ALLOWED);
   return known ? NULL : by_plan(self, args, n, kw, core_is_allowed);
@@ -701,13 +703,7 @@ static PyObject *core_bind_plans(PyObject *o, PyObject *age) {
   if (bound(self)) return NULL;
   if (self->plans.entries) return PyErr_Format(PyExc_RuntimeError, "plans are bound once");
   self->plans.age = seconds > 1e9 ? UINT64_MAX >> 25 : (uint64_t)(seconds * 1e9) >> 20;
-  self->plans.plans = calloc(MOST_PLANS, sizeof *self->plans.plans);
-  plan_entry_t *entries = calloc(PLAN_LINES * PLAN_WAYS, sizeof *entries);
-  if (!self->plans.plans || !entries) {
-    free(entries);
-    return PyErr_NoMemory();
-  }
-  self->plans.entries = entries;
+  if (!plans_make(&self->plans)) return PyErr_NoMemory();
   self->plans.overrides = fshm_overrides(self->limiter);
   Py_RETURN_NONE;
 }
@@ -747,9 +743,9 @@ static PyObject *core_plan_found(PyObject *o, PyObject *args) {
   ALONE_BEGIN(self);
   if (!plan->plan && self->plans.count < MOST_PLANS) {
     const uint32_t number = self->plans.count;
-    self->plans.plans[number] =
-        (plan_t){Py_NewRef(core), Py_NewRef(plan->limits),
-                 plan->cluster.leases || !plan->limiter->own ? NULL : plan->limiter->own};
+    self->plans.plans[number] = (plan_t){Py_NewRef(core), Py_NewRef(plan->limits)};
+    if (!plan->cluster.leases && plan->limiter->own)
+      (void)plan_pack(plan->limiter->own, &self->plans.packed[number]);
     plan->plan = number + 1;
     /* release: with the acquire of plan_there() */
     __atomic_store_n(&self->plans.count, number + 1, __ATOMIC_RELEASE);
@@ -766,9 +762,9 @@ static PyObject *core_plan_known(PyObject *o, PyObject *args) {
   int fresh;
   uint64_t hash = 0, when;
   if (!PyArg_ParseTuple(args, "Op", &key, &fresh) || get_plan_key(self, key, &hash)) return NULL;
-  const plan_t *plan =
+  const uint32_t plan =
       fresh ? plan_now(&self->plans, self->limiter, hash) : plan_there(&self->plans, hash, &when);
-  return Py_NewRef(plan ? plan->core : Py_None);
+  return Py_NewRef(plan != NO_PLAN ? self->plans.plans[plan].core : Py_None);
 }
 
 /* _bind_adaptive(learned, address, initial, least, most, algorithm, tolerance): the limiter that keeps what is learned, and
