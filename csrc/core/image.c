@@ -124,7 +124,7 @@ static void lay_out(header_t *h, uint64_t capacity) {
 
 /* Records of limits: as many as keys, within bounds; whole blocks, none allocated before it is used. */
 uint64_t record_count(uint64_t capacity) {
-  return aligned(min_u64(max_u64(capacity, 1024), RECORDS), RECORD_BLOCK);
+  return aligned(min_u64(max_u64(capacity, 1024), LIMIT_RECORDS), RECORD_BLOCK);
 }
 
 /* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */

@@ -241,7 +241,7 @@ typedef struct {
   _Atomic uint64_t burst; /* (56 bits) | kind (8) */
 } limit_record_t;
 #define RECORD_BITS 17
-#define RECORDS ((1U << RECORD_BITS) - 1) /* the last number says that there is none */
+#define LIMIT_RECORDS ((1U << RECORD_BITS) - 1) /* the last number says that there is none */
 #define RECORD_BLOCK 128 /* are allocated at once: a page */
 
 /* Counts of the permits freed and taken, of the keys of one hash, while a process has asked for them: changes.h. Swaps

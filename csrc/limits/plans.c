@@ -32,7 +32,7 @@ static COLD int record_of(fshm_segment *s, const fshm_limit *l, uint32_t *out) {
   uint64_t id[2];
   fshm_siphash128(s->secret[0], s->secret[1] ^ 11, words, sizeof words, id);
   id[0] += !id[0];
-  const uint32_t most = (uint32_t)min_u64(record_count(s->capacity), RECORDS);
+  const uint32_t most = (uint32_t)min_u64(record_count(s->capacity), LIMIT_RECORDS);
   for (uint32_t i = 0; i < most; i++) {
     limit_record_t *r = &s->records[i];
     uint64_t seen = 0;
@@ -53,7 +53,7 @@ static COLD int record_of(fshm_segment *s, const fshm_limit *l, uint32_t *out) {
 /* False: a record that no call has written. */
 static bool record_limit(const fshm_segment *s, uint32_t record, fshm_limit *out) {
   /* What is not allocated must not be touched. */
-  if (record >= RECORDS || record / RECORD_BLOCK >= load_relaxed(&s->header->record_blocks) ||
+  if (record >= LIMIT_RECORDS || record / RECORD_BLOCK >= load_relaxed(&s->header->record_blocks) ||
       record >= record_count(s->capacity))
     return false;
   const limit_record_t *r = &s->records[record];
@@ -135,7 +135,7 @@ __attribute__((noinline)) void plan_load(fshm_segment *s, const own_t *own, snap
 
 COLD void plan_reset_key(fshm_segment *s, uint32_t index, uint64_t hash) {
   const uint32_t most = (uint32_t)min_u64(load_relaxed(&s->header->record_blocks) * RECORD_BLOCK,
-                                          min_u64(record_count(s->capacity), RECORDS));
+                                          min_u64(record_count(s->capacity), LIMIT_RECORDS));
   uint64_t last = 0;
   for (uint32_t i = 0; i < most && load_relaxed(&s->records[i].id); i++) {
     fshm_limit l;
@@ -208,7 +208,7 @@ static COLD uint32_t override_read(const fshm_segment *s, uint64_t state, fshm_l
   uint32_t count = 0;
   if (!IS_MONEY(state)) return 0;
   for (uint32_t i = 0; i < FSHM_MAX_OVERRIDE; i++) {
-    const uint32_t record = (uint32_t)(state >> (i * RECORD_BITS)) & RECORDS;
+    const uint32_t record = (uint32_t)(state >> (i * RECORD_BITS)) & LIMIT_RECORDS;
     if (!record) break;
     if (!record_limit(s, record - 1, &out[count]) || !may_plan(&out[count])) return 0;
     count++;

@@ -19,7 +19,7 @@ typedef struct {
 static const tier_t tiers[] = {
     {0, 0, 0}, {256, 256, 3}, {1280, 384, 6}, {5376, 448, 8}, {13568, 480, 12}};
 #define TIERS (sizeof tiers / sizeof *tiers)
-static_assert(RECORDS - 13568 <= 31U << 12, "nine bits are enough");
+static_assert(LIMIT_RECORDS - 13568 <= 31U << 12, "nine bits are enough");
 
 static inline const tier_t *tier_of_record(uint32_t record) {
   unsigned t = TIERS - 1;

@@ -233,8 +233,7 @@ static void test_not_used(void) {
     simulate_begin(&s, *both[i], up);
     (void)simulate(&s, (fewer(10) < 10 ? 100 : 1000) * SECOND);
     CHECK_OP(s.highest, <=, 45);
-    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=,
-             15); /* halved while it is measured */
+    CHECK_OP(learned_limit(s.words.words[LEARNED_LIMIT]), >=, 15); /* halved while it is measured */
   }
 }
 

@@ -161,7 +161,7 @@ static void test_as_a_limiter(void) {
 
 /* Every number of a record is read back, and arrival times are rounded up by less than their unit. */
 static void test_numbers(void) {
-  for (uint32_t record = 0; record < RECORDS; record += record < 20000 ? 1 : 97) {
+  for (uint32_t record = 0; record < LIMIT_RECORDS; record += record < 20000 ? 1 : 97) {
     const uint64_t u = UINT64_C(1) << tier_of_record(record)->shift;
     const uint64_t at = random_scaled(1, TIME_MAX - 5000);
     const pair_t pair = {planned_who(random_u64(), record), planned_state(record, at)};
@@ -401,7 +401,7 @@ static void test_records(void) {
   CHECK(record_limit(s, other, &read) && read.strict == 1 && read.burst == 3 &&
         read.kind == FSHM_BUCKET);
   CHECK(!record_limit(s, other + 1, &read));
-  CHECK(!record_limit(s, RECORDS, &read));
+  CHECK(!record_limit(s, LIMIT_RECORDS, &read));
   CHECK(!record_limit(s, UINT32_MAX, &read));
   /* Full: an error, and what is there goes on. */
   fshm_geometry g;
