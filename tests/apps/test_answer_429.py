@@ -204,6 +204,9 @@ def ask_aiohttp(segment: Segment, paths: list[str]) -> list[Answer]:
     return asyncio.run(scenario())
 
 
+ANSWERS_429 = ["fast_litellm_shm.integrations.web.DjangoAnswer429"]
+
+
 def _django(segment: Segment) -> Any:
     """The module of its URLs."""
     import django
@@ -230,7 +233,6 @@ def _django(segment: Segment) -> Any:
         settings.configure(
             ALLOWED_HOSTS=["*"],
             SECRET_KEY="x",
-            MIDDLEWARE=["fast_litellm_shm.integrations.web.DjangoAnswer429"],
             ROOT_URLCONF=type("Urls", (), {"urlpatterns": []}),
         )
         django.setup()
@@ -242,7 +244,7 @@ def ask_django(segment: Segment, paths: list[str]) -> list[Answer]:
     urls = _django(segment)
     from django.test import Client, override_settings
 
-    with override_settings(ROOT_URLCONF=urls):
+    with override_settings(ROOT_URLCONF=urls, MIDDLEWARE=ANSWERS_429):
         client = Client(raise_request_exception=False)
         found = [client.get(path) for path in paths]
         return [(each.status_code, each.headers, each.content) for each in found]
@@ -257,7 +259,7 @@ def ask_django_async(segment: Segment, paths: list[str]) -> list[Answer]:
         found = [await client.get(path) for path in paths]
         return [(each.status_code, each.headers, each.content) for each in found]
 
-    with override_settings(ROOT_URLCONF=urls):
+    with override_settings(ROOT_URLCONF=urls, MIDDLEWARE=ANSWERS_429):
         return asyncio.run(scenario())
 
 
