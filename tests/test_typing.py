@@ -104,7 +104,7 @@ BAD = {
     "RateLimiter(5)": "arg-type",
     'RateLimiter(Limit(5)).acquire("k").allowed()': "operator",
     'RateLimiter(Limit(5)).acquire("k").retry_after + 1': "operator",
-    "limited(Limit(5))": "arg-type",
+    "limited(5)": "arg-type",
     'limited(RateLimiter(Limit(5)))(len)("a", "b")': "call-arg",
     'SimpleConnectionPool("p").connection("https://host")(len)("a", "b")': "call-arg",
     'ConcurrencyLimiter(5, name="n").acquire(5)': "arg-type",

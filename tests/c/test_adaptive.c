@@ -61,7 +61,7 @@ static void test_any_bits(void) {
     how.initial = how.least;
     CHECK(adaptive_valid(&how));
     const uint64_t now = random_scaled(1, TIME_MAX - 1);
-    learned_t w;
+    learned_t w = {{0}};
     for (unsigned word = 0; word < LEARNED_WORDS; word++) w.words[word] = some_word(word, now);
     const learned_t before = w;
     const fshm_sample call = {random_below(2) ? now : random_u64(),

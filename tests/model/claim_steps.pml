@@ -410,7 +410,10 @@ inline first_state(me) {
  * -- nobody shares a counter here: shared.pml
  * limiter.c first_state: if (unlikely(r->kind == FSHM_CALENDAR)) calendar_ready(c->s, &c->snapshot.rules[f->i]);
  * -- time here does not step
- * limiter.c first_state: if (f->op >= FSHM_CHARGE) return forced(c, f->op, f->i, r, 0, now); -- no debts here
+ * limiter.c first_state: if (f->op >= FSHM_CHARGE) { rule_t fine = *r;
+ *   if (planned(c) && r->kind == FSHM_WINDOW) fine = planned_window(r, 0, now, cost);
+ *   return as_kept_by(c, f->i, forced(c, f->op, f->i, &fine, 0, now)); } -- no debts here
+ * limiter.c first_state: v.next = as_kept_by(c, f->i, v.next); -- as it is, but for plans
  * limiter.c first_state: v.retry = f->verdict->retry; *f->verdict = v; return v.next;
  * limiter.c first_state: verdict_t v = rule_take(r, 0, now, max_u64(c->at, now), cost);
  * hash_table.c confirm: if (!pair_cas(&s->slots[mine.slot], &expect, confirmed)) return CLAIM_LOST;
