@@ -727,11 +727,11 @@ typedef struct {
 } fshm_learned;
 /* Take a permit below the learned limit. FSHM_DENIED: out->retry_after_ns says for how long the key is paused; 0: until a
  * permit is released. *in_flight: of the key, with this call if it was admitted; above 1,000 an estimate. */
-int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *settings,
+int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *how,
                         const void *key, uint64_t key_length, uint64_t now_ns, fshm_permit *permit,
                         fshm_decision *out, uint32_t *in_flight);
 /* Learn from a call that ended. pause_ns: admit no call of the key for so long. FSHM_OK, or an error. */
-int fshm_adaptive_end(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *settings,
+int fshm_adaptive_end(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *how,
                       const void *key, uint64_t key_length, const fshm_sample *sample,
                       uint64_t pause_ns, uint64_t now_ns);
 /* Admit no call of the key for so long; an earlier pause that ends later stays. 0: end the pause. */
@@ -743,8 +743,8 @@ int fshm_adaptive_look(fshm_limiter *learned, const void *key, uint64_t key_leng
 /* The same of the key whose limit is in this slot. FSHM_OK; 0: there is none. */
 int fshm_adaptive_at(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_learned *out);
 /* Forget what is learned of the key, and end its pause: it begins with `initial` again. */
-int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned,
-                         const fshm_adaptive *settings, const void *key, uint64_t key_length);
+int fshm_adaptive_forget(fshm_limiter *permits, fshm_limiter *learned, const fshm_adaptive *how,
+                         const void *key, uint64_t key_length);
 
 /* Inspection -------------------------------------------------------------------------------- */
 /* FSHM_OK; 0: no limiter has this index; or FSHM_E_DAMAGED. */

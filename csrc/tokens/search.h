@@ -43,7 +43,7 @@ static inline bool comes_again(const uint8_t *p, size_t place, size_t length, ui
  * that fits. */
 #define WINDOW (PARTS - 1) /* bytes */
 #define LEAST_WINDOW 20
-#define LEAST_WINDOWS 4 /* fewer are not worth it */
+#define LEAST_WINDOWS ((size_t)4) /* fewer are not worth it */
 #define LEAST_WINDOWED \
   (LEAST_WINDOWS * LEAST_WINDOW) /* bytes that are left; more than is read for one window */
 #define SEARCHED_AHEAD (MERGED_AT_ONCE * WINDOW)
