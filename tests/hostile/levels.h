@@ -61,9 +61,14 @@ static void use_learned(user_t *u, const char *key, uint64_t n, uint64_t now, un
   fshm_limiter_close(permits);
 }
 
-/* No file moves the clock here. */
+/* No file moves the clock here, and there is no other segment. */
 static void use_clock(user_t *u, uint64_t n, unsigned what) {
+  fshm_segment *other;
+  fshm_error e;
   int how;
+  MUST(fshm_open_group("no.such.segment", 0, 0600, what & 1 ? FSHM_OPEN_READ_ONLY : 0, (uint32_t)n,
+                       &other, &e) != FSHM_OK);
+  MUST(!other);
   MUST(fshm_clock_share(u->s, -1, 0) != FSHM_OK);
   MUST(fshm_clock_move(u->s, (int)(what % 6), n) != FSHM_OK);
   MUST(!fshm_clock_moved(u->s, &how));
