@@ -42,7 +42,9 @@ MOST_AFTER_SWAP = (
 
 # In limiter.c, of limiter_change().
 PUT_OF_ALL = (
-    "      status = next == m.state ? CLAIMED : put_changed(&c, i, &found, next, &first);\n"
+    "      status =\n"
+    "          next == m.state ? CLAIMED : "
+    "put_changed(&c, i, &found, as_kept_by(&c, i, next), &first);\n"
 )
 LEARN = "limiter_change(l, key, key_length, now, change_learn, &known, NULL, &at);\n"
 REFUSE = "limiter_change(refused, key, key_length, now, change_refuse, &refusal, NULL, &at);\n"
@@ -338,13 +340,13 @@ FAULTS = [
         "core/image.c",
         (
             (
-                "  int status = fill(fd, capacity, mode, flags, e);\n"
+                "  int status = fill(fd, capacity, mode, flags, group, e);\n"
                 "  if (status == FSHM_OK && publish_file(",
                 "  int status = FSHM_OK;\n  if (publish_file(",
             ),
             (
                 "  int saved = errno;\n  if (!unnamed)",
-                "  if (status == FSHM_OK) status = fill(fd, capacity, mode, flags, e);\n"
+                "  if (status == FSHM_OK) status = fill(fd, capacity, mode, flags, group, e);\n"
                 "  int saved = errno;\n  if (!unnamed)",
             ),
         ),
