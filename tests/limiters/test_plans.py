@@ -85,6 +85,22 @@ def test_plan_of_is_asked_once_for_a_key(segment: Segment) -> None:
     wait_until("the answer is too old", asked_again)
 
 
+def test_a_process_remembers_the_plans_of_many_keys(segment: Segment) -> None:
+    """A third of its places are taken: almost no key finds both of its lines full."""
+    asked: list[str] = []
+
+    def plan_of(key: str) -> str:
+        asked.append(key)
+        return "pro"
+
+    limiter = make(segment, plan_of=plan_of)
+    keys = [str(number) for number in range(80_000)]
+    for key in keys * 2:
+        limiter.plan(key)
+    assert asked[: len(keys)] == keys
+    assert len(asked) - len(keys) < len(keys) // 1000  # with one line a key: 1.5 % of them
+
+
 def test_what_was_consumed_stays_consumed(segment: Segment) -> None:
     plan = {"ann": "small"}
     limiter = make(
