@@ -11,7 +11,8 @@ QEMU       ?= qemu-aarch64
 
 # PYTEST_ARGS: more for every run of the tests, as .ci/run has.
 PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
-PIP         = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
+BY_PIP      = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install
+INSTALL    ?= $(BY_PIP)
 C_SOURCES   = $(wildcard csrc/*.[ch] csrc/*/*.[ch]) csrc/cflags csrc/hardening
 C_WARNINGS  = -Wall -Wextra
 # What is shipped: csrc/hardening, and what only some compilers and linkers take (csrc/build.py has the same).
@@ -141,7 +142,7 @@ environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
-	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 .venv-3.13/.test)
+	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one
 
@@ -212,7 +213,7 @@ $(VENV)/.made $(VENV)-bench/.made:
 
 $(VENV)/.%: $(VENV)/.made $(C_SOURCES) csrc/build.py setup.py pyproject.toml
 	@echo "installing fast_litellm_shm and what '$*' needs into $(VENV)"
-	@$(PIP) install --editable '.[$*]'
+	@$(INSTALL) --editable '.[$*]'
 	@touch $@ $(patsubst %,$(@D)/.%,$(subst $(comma), ,$*))
 
 # The peers have one of their own: fast-litellm changes litellm wherever both are. Those that do not
