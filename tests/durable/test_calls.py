@@ -8,11 +8,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.reboots import Host, leases_of, link_of, spend
+from support.waiting import TooSlow
 
 from fast_litellm_shm import FixedWindow, Quota, RateLimiter, Segment, TokenBucket
 from fast_litellm_shm._shared import performance
@@ -73,11 +75,15 @@ def test_a_call_within_a_lease_writes_nothing(host: Host) -> None:
         assert spend(limiter, "k", 5) == 5
         leases = leases_of(limiter)
         end = leases.states.now() + leases.states.known(b"k")[1][0]
-        (had,) = leases.look(b"k")[0]
+        (had,), (lasts,) = leases.look(b"k")
+        over = time.monotonic_ns() + lasts
         leases.settle(Settlement(leases, b"k", (0,), (3,), (end,)), later=False)
-        assert leases.look(b"k")[0][0] == had + 3
+        (more,) = leases.look(b"k")[0]
         leases.settle(Settlement(leases, b"k", (7,), (0,), (end,)), later=True)
-        assert leases.look(b"k")[0][0] == had - 4
+        (less,) = leases.look(b"k")[0]
+        if time.monotonic_ns() >= over:
+            raise TooSlow("the lease ended meanwhile")
+        assert (more, less) == (had + 3, had - 4)
         assert (_transactions(host), host.rows()) == (before, rows)
 
 
