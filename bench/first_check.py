@@ -59,7 +59,7 @@ def run(settings: Settings) -> Result:
             result.rows,
             "fast-litellm",
             "ours",
-            20.0,
+            15.0,
             promise="first check of a new key",
             why="a place is claimed in two swaps, with a look at all candidates before and "
             "between, so that two processes can never count the same key apart",

@@ -24,6 +24,7 @@ QUESTIONS = (
     "bytes_per_key",
     "first_check",
     "import_cost",
+    "inspect_cost",
     "tails",
     "pool_cost",
     "pool_waiting",
@@ -49,6 +50,7 @@ PATIENCE = 600  # seconds for one question: only a hang comes near it
 # those that count tokens, the peers take seconds to load their tables.
 MOST_PASSES = {
     "bytes_per_key": 1,
+    "inspect_cost": 1,
     "key_count": 3,
     "waiting": 2,
     "adaptive": 1,

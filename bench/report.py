@@ -24,6 +24,7 @@ PROMISES = (
     "bytes a key, `SimpleRateLimiter`",
     "first check of a new key",
     "check at 10 million keys against 1,000",
+    "fast-shm inspect of 2 million keys",
     "pool get + return",
     "callers that wait",
     "routing, 20 deployments",

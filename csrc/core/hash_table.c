@@ -99,6 +99,9 @@ static COLD bool in_share(const fshm_segment *s, uint64_t line, uint64_t who, un
   return its + 1 < 1U << room;
 }
 
+#define NEARLY_FULL (PROBE_LINES * SLOTS_PER_LINE * 3 / 4) /* slots of a window that are in use */
+static_assert(PROBE_LINES * SLOTS_PER_LINE - NEARLY_FULL >= SCARCE, "below it, any limiter may");
+
 /* Read all slots of both windows once. Prefers the home window until it is three quarters full, then the emptier
  * one. Below half load 98 % of keys are in their home line, and a table filled to its capacity refuses fewer than
  * one key in 100,000 (simulated; tests/c/test_hash_table.c fills one). */
@@ -149,10 +152,24 @@ static survey_t survey(const fshm_segment *s, uint64_t hash, uint64_t who, uint6
     v.has_stale |= stale > 0;
   }
   unsigned window = 0;
-  if (!seen[0] || (seen[1] && used[0] >= PROBE_LINES * 3 && used[1] < used[0])) window = 1;
+  if (!seen[0] || (seen[1] && used[0] >= NEARLY_FULL && used[1] < used[0])) window = 1;
   v.has_free = seen[window] > 0;
   v.free = free_in[window];
   return v;
+}
+
+/* An empty slot of the home line, in a window that is not nearly full: the survey would choose one of this line too, and
+ * costs five times as much. What the key has elsewhere confirm() sees. False: survey. */
+static bool home_has_room(const fshm_segment *s, uint64_t hash, found_t *free) {
+  if (unlikely(probe_windows(s) != 2)) return false;
+  uint64_t line = probe_start(s, hash, 0);
+  const uint64_t home = line * SLOTS_PER_LINE;
+  unsigned used = 0, k = 0;
+  for (unsigned n = 0; n < PROBE_LINES; n++, line = line_after(s, line))
+    used += line_used(s, line * SLOTS_PER_LINE);
+  while (k < SLOTS_PER_LINE && load_relaxed(&s->slots[home + k].who)) k++;
+  *free = (found_t){home + k, {0, 0}};
+  return k < SLOTS_PER_LINE && used < NEARLY_FULL;
 }
 
 /* Steps 2 and 3 of the protocol, for the pending pair `mine`, which is ours or one that we help: look again at all
@@ -211,7 +228,10 @@ again:
 int table_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, first_state_t *first,
                 void *context, uint64_t *slot) {
   for (int round = 0; round < ROUNDS; round++) {
-    survey_t v = survey(s, hash, who, now);
+    found_t room;
+    survey_t v = !round && home_has_room(s, hash, &room)
+                     ? (survey_t){.has_free = true, .free = room}
+                     : survey(s, hash, who, now);
     if (v.confirmed) return CLAIM_LOST;
     if (!v.pending) {
       if (!v.has_free && !v.has_stale) return CLAIM_FULL;
@@ -232,8 +252,11 @@ int table_claim(fshm_segment *s, uint64_t hash, uint64_t who, uint64_t now, firs
 bool table_has(const fshm_segment *s, uint64_t hash, uint64_t who) {
   for (unsigned window = 0; window < probe_windows(s); window++) {
     uint64_t line = probe_start(s, hash, window);
-    for (uint64_t n = probe_lines(s); n--; line = line_after(s, line))
-      if (unlikely(line_has(s, line * SLOTS_PER_LINE, who))) return true;
+    for (uint64_t n = probe_lines(s); n--; line = line_after(s, line)) {
+      if (likely(!line_has(s, line * SLOTS_PER_LINE, who))) continue;
+      for (unsigned k = 0; k < SLOTS_PER_LINE; k++)
+        if (is_at(s, line * SLOTS_PER_LINE + k, who)) return true;
+    }
   }
   return false;
 }

@@ -55,15 +55,52 @@ static inline uint64_t line_after(const fshm_segment *s, uint64_t line) {
   return line ^ (((line + 1) ^ line) & s->probe_mask);
 }
 
-/* May a slot of this line be the key's? Each slot is read once, in any order, without a branch for each: most slots
- * that a look-up reads belong to other keys. */
+/* May a slot be the key's? */
 static inline unsigned is_at(const fshm_segment *s, uint64_t slot, uint64_t who) {
   return same_key(load_relaxed(&s->slots[slot].who), who);
 }
+/* May a slot of this line be the key's? Each slot is read once, in any order, without a branch for each: most slots
+ * that a look-up reads belong to other keys. */
+static_assert(SLOTS_PER_LINE == 4, "four are looked at");
+#if defined(__SSE2__)
+/* The `who` of two slots. */
+static inline __m128i two_whos(const slot_t *at) {
+  __m128i out;
+  __asm__ __volatile__("movq %1, %0\n\tmovhps %2, %0"
+                       : "=x"(out)
+                       : "m"(*(const volatile uint64_t *)&at[0].who),
+                         "m"(*(const volatile uint64_t *)&at[1].who));
+  return out;
+}
+/* In which of two lanes the upper half of a `who` is this one, which the label and the epoch are not in: of 4 billion
+ * other keys one has it too, and the caller looks closer. */
+#define UPPER_HALVES 0xa
+static_assert(!(WHO_LABELS >> 32), "the upper half is the key's alone");
+#endif
 static inline bool line_has(const fshm_segment *s, uint64_t first, uint64_t who) {
-  static_assert(SLOTS_PER_LINE == 4, "four are looked at");
+#if defined(__SSE2__)
+  const __m128i key = _mm_set1_epi64x((long long)who);
+  const __m128i one = _mm_cmpeq_epi32(two_whos(&s->slots[first]), key);
+  const __m128i two = _mm_cmpeq_epi32(two_whos(&s->slots[first + 2]), key);
+  return _mm_movemask_ps(_mm_castsi128_ps(_mm_or_si128(one, two))) & UPPER_HALVES;
+#else
   return is_at(s, first, who) | is_at(s, first + 1, who) | is_at(s, first + 2, who) |
          is_at(s, first + 3, who);
+#endif
+}
+/* How many slots of a line are of a key: one of a `who` without an upper half counts as empty. */
+static inline unsigned line_used(const fshm_segment *s, uint64_t first) {
+#if defined(__SSE2__)
+  const __m128i none = _mm_setzero_si128();
+  const __m128i one = _mm_cmpeq_epi32(two_whos(&s->slots[first]), none);
+  const __m128i two = _mm_cmpeq_epi32(two_whos(&s->slots[first + 2]), none);
+  const __m128i both = _mm_shuffle_epi32(_mm_add_epi32(one, two), 0xd); /* -1 for each empty one */
+  return SLOTS_PER_LINE + (unsigned)_mm_cvtsi128_si32(_mm_add_epi32(both, _mm_srli_epi64(both, 32)));
+#else
+  unsigned used = 0;
+  for (unsigned k = 0; k < SLOTS_PER_LINE; k++) used += load_relaxed(&s->slots[first + k].who) != 0;
+  return used;
+#endif
 }
 
 /* acquire: pairs with the swap that wrote the slot. `who` alone is a hint; the pair decides. */

@@ -55,7 +55,7 @@ end:
   STEP(BEGIN, begin_call(me))
   STEP(FIND, find(me))
   LOCKED_STEP(CHARGE, charge(me))
-  STEP(SURVEY, survey(me))
+  STEP(SURVEY, survey_or_room(me))
   LOCKED_STEP(PUBLISH, publish(me))
   STEP(LOOK, look(me))
   LOCKED_STEP(RETREAT, retreat(me))

@@ -116,7 +116,6 @@ inline charge(me) {
  * limiter.c put_first: first_t first = {c, i, op, &l->verdict, false}; uint64_t who = fingerprint(c, i);
  *   found_t *f = &l->slot;
  * limiter.c put_first: int status = table_claim(c->s, c->hash, who, c->now, first_state, &first, &f->slot);
- * hash_table.c table_claim: survey_t v = survey(s, hash, who, now);
  * hash_table.c survey: survey_t v; memset(&v, 0, sizeof v);
  *   unsigned used[2] = {0, 0}, seen[2] = {0, 0}; found_t free_in[2] = {{0, {0, 0}}, {0, {0, 0}}};
  *   const uint64_t over = minus(now, CLOCKS_DIFFER);
@@ -182,8 +181,29 @@ inline survey(me) {
   fi
 }
 
+/* hash_table.c table_claim: found_t room; survey_t v = !round && home_has_room(s, hash, &room)
+ *   ? (survey_t){.has_free = true, .free = room} : survey(s, hash, who, now);
+ * -- whether the home window has room does not count here: a survey, or any slot that is empty
+ * hash_table.c home_has_room: *free = (found_t){home + k, {0, 0}}; return k < SLOTS_PER_LINE && used < NEARLY_FULL; */
+inline survey_or_room(me) {
+  k = 0;
+  do
+  :: p[me].i == 0 && k < SLOTS && slots[k] == EMPTY ->
+     p[me].slot = k; p[me].pair = EMPTY;
+#if defined(NO_FENCE)
+     p[me].pc = EARLY;
+#else
+     p[me].pc = PUBLISH;
+#endif
+     k = 0;
+     break
+  :: k < SLOTS -> k++
+  :: k == SLOTS -> k = 0; survey(me); break
+  od
+}
+
 /* hash_table.c survey: unsigned window = 0;
- *   if (!seen[0] || (seen[1] && used[0] >= PROBE_LINES * 3 && used[1] < used[0])) window = 1;
+ *   if (!seen[0] || (seen[1] && used[0] >= NEARLY_FULL && used[1] < used[0])) window = 1;
  *   v.has_free = seen[window] > 0; v.free = free_in[window]; return v;
  * hash_table.c table_claim: if (!v.pending) { if (!v.has_free && !v.has_stale) return CLAIM_FULL;
  *   v.match = v.has_free ? v.free : v.stale; -- v.match is (slot, pair) here, until it is published */
@@ -368,8 +388,6 @@ inline retreat(me) {
 /* hash_table.c confirm: (void)pair_cas(&s->slots[mine.slot], &expect, empty);
  *   mine = (found_t){slot + k, pair}; goto again; } */
 inline help(me) {
-  hindered_by_the_dead = IS_ALONE(me); /* the survey names the lowest */
-  assert(!hindered_by_the_dead);
   swap(p[me].mine_slot, p[me].mine, EMPTY);
   p[me].mine_slot = p[me].slot;
   p[me].mine = p[me].pair;

@@ -27,7 +27,7 @@ COMPLETE = [
 # All that anybody does with a slot of the table: loads, and the locked swap. Without a plain store
 # the store buffers of the model stay empty.
 ACCESSES = re.compile(
-    r"(pair_load|pair_peek|load_relaxed|pair_cas|__builtin_prefetch)\(\s*&(\w+(->|\.))*slots\[[^;]*?[,)]"
+    r"(pair_load|pair_peek|load_relaxed|pair_cas|two_whos|__builtin_prefetch)\(\s*&(\w+(->|\.))*slots\[[^;]*?[,)]"
     r"|slot_t \*slot = &s->slots\[table_probe\(s, hash, i\)\];"
     r"|const slot_t \*slot = &s->slots\[line \* SLOTS_PER_LINE\];"
 )
