@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, AnyStr, Generic, TypeAlias, TypeVar
 
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
@@ -10,6 +10,7 @@ ffi: Any
 lib: Any
 
 def _untrack(o: object, /) -> None: ...
+def _has_ours(fields: Iterable[tuple[AnyStr, AnyStr]], ours: frozenset[AnyStr], /) -> bool: ...
 def _on_look(hook: Callable[[int], None], /) -> None: ...
 
 class Decision:
