@@ -73,7 +73,7 @@ static int install(PyObject *module) {
 #ifdef Py_GIL_DISABLED
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
-  return PyModule_AddFunctions(module, module_methods) || make_constants() ||
+  return PyModule_AddFunctions(module, module_methods) || make_constants() || make_router_names() ||
          find_is_ascii() || add_types(module);
 }
 
