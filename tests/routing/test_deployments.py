@@ -137,7 +137,7 @@ def test_another_id_or_another_kind_of_value_is_another_deployment(segment: Segm
         assert f"other{i}" in router.get_stats()
     again = copy.deepcopy(listed)
     again[1]["litellm_params"]["weight"] = True
-    with pytest.raises(TypeError, match="weight"):
+    with pytest.raises(ValueError, match="weight"):
         router.get_available_deployment(again, "m")
     again[1]["litellm_params"] = None
     with pytest.raises(TypeError, match="litellm_params"):
