@@ -1,8 +1,8 @@
 """What does a hit through PyPI's limits cost on shm://, beside memory:// and a Redis socket?
 
-Each strategy's hit(), admitted, over 100 keys with a limit that none of them meets. Redis keeps
-nothing on disk; memory:// counts for one process alone. Most of a hit on shm:// is limits' own.
-All in one process, interleaved.
+Each strategy's hit(), admitted, over 100 keys with a limit that none of them meets; and a moving
+window of 100, full, whose hits are denied. Redis keeps nothing on disk; memory:// counts for one
+process alone. Most of a hit on shm:// is limits' own. All in one process, interleaved.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from functools import partial
 from typing import Any
 
 from bench import peers
-from bench.result import OURS, Plot, Result, Row, Settings, asked, ratio
+from bench.result import OURS, Plot, Ratio, Result, Row, Settings, asked, ratio
 from bench.timing import interleaved, loop_of
 
 KEYS = [f"10.0.0.{i}" for i in range(100)]
 LIMIT = 2000  # a minute, of each key: above what a run hits one within a minute
+FULL = 100  # an hour
 TARGETS = {"memory://": 1.0, "Redis": 20.0}
+#: ns, of a hit on shm://
+MOST = {"fixed-window": 800.0, "full moving-window": 2000.0}
 
 
 def _storages(limits: Any, place: peers.Place, result: Result) -> dict[str, Any]:
@@ -31,6 +34,23 @@ def _storages(limits: Any, place: peers.Place, result: Result) -> dict[str, Any]
     except peers.MissingError as error:
         result.missing["Redis"] = str(error)
     return found
+
+
+def _full(limits: Any, storages: dict[str, Any], settings: Settings, result: Result) -> None:
+    """Denied hits of a moving window: not on Redis, where to fill it takes longer than all else."""
+    item, loops, limiters = limits.RateLimitItemPerHour(FULL), {}, {}
+    for name in ("shm://", "memory://"):
+        limiter = limits.strategies.MovingWindowRateLimiter(storages[name])
+        for key in KEYS:
+            for _ in range(FULL):
+                limiter.hit(item, key)
+        shown = f"full moving-window on {name}"
+        limiters[shown], loops[shown] = limiter, loop_of(partial(limiter.hit, item), KEYS)
+    for name, found in interleaved(loops, settings).items():
+        who = OURS if name.endswith("shm://") else "limits"
+        result.rows.append(Row(name, "ns", found, who, "full moving-window"))
+        if limiters[name].test(item, KEYS[0]):
+            raise AssertionError(f"{name}: there was room, and no denials were measured")
 
 
 def run(settings: Settings) -> Result:
@@ -62,12 +82,17 @@ def run(settings: Settings) -> Result:
             for where, target in TARGETS.items():
                 above, below = f"{strategy} on {where}", f"{strategy} on shm://"
                 result.ratios.append(ratio(result.rows, above, below, target))
+        _full(limits, storages, settings, result)
+    found_of = {row.name: row.found for row in result.rows}
+    for name, most in MOST.items():
+        row = f"{name} on shm://"
+        result.ratios.append(Ratio(f"{row}, a hit", found_of[row], most, False, "ns"))
     result.plots.append(
         Plot(
             "limits_cost",
             "bars",
             "A hit through limits",
-            tuple(limits.strategies.STRATEGIES),
+            (*limits.strategies.STRATEGIES, "full moving-window"),
             "nanoseconds a hit",
         )
     )

@@ -32,6 +32,7 @@ QUESTIONS = (
     "adaptive",
     "routing",
     "limits_cost",
+    "web_cost",
     "cluster_cost",
     "budget_cost",
     "record",

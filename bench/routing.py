@@ -1,11 +1,13 @@
 """What does it cost to pick one of 20 deployments, beside fast-litellm and beside plain Python?
 
 fast-litellm picks at random whatever the strategy; plain Python does what the strategy says, on
-statistics that are private to the process. All in one process, interleaved.
+statistics that are private to the process. And from lists that are new in each call, such as those
+that a program reads from JSON. All in one process, interleaved.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -18,7 +20,8 @@ from fast_litellm_shm import AdvancedRouter, get_available_deployment
 from fast_litellm_shm.routing.router import STRATEGIES
 
 DEPLOYMENTS = 20
-TARGET_PEER, TARGET_PLAIN = 2.0, 1.0
+NEW = 200  # lists of new dicts
+TARGET_PEER, TARGET_PLAIN, TARGET_NEW = 2.0, 1.0, 1.0
 Pick = Callable[[list[dict[str, Any]], str], Any]
 
 
@@ -57,6 +60,14 @@ def _loop(pick: Pick, listed: list[dict[str, Any]]) -> Loop:
     return loop
 
 
+def _loop_of_new(pick: Pick, lists: list[list[dict[str, Any]]]) -> Loop:
+    def loop(calls: int) -> None:
+        for i in range(calls):
+            pick(lists[i % NEW], "m")
+
+    return loop
+
+
 def run(settings: Settings) -> Result:
     """Measure."""
     result, listed, peer = asked(__doc__), model_list(), None
@@ -68,8 +79,12 @@ def run(settings: Settings) -> Result:
     with peers.Place() as place:
         os.environ["FAST_LITELLM_SHM_NAME"] = place.segment_name  # for the module's function
         segment = place.segment()
+        text = json.dumps(listed)
+        new = [json.loads(text) for _ in range(NEW)]
         for strategy in STRATEGIES:
             router = AdvancedRouter(strategy, segment=segment)
+            # Of its own: a router may take a list for one of these, which costs it the comparison.
+            of_new = AdvancedRouter(strategy, segment=segment)
             for i in range(DEPLOYMENTS):
                 router.record(f"d{i}", 10 + i, cost=0.1 + i)
             ours = _loop(router.get_available_deployment, listed)
@@ -83,6 +98,14 @@ def run(settings: Settings) -> Result:
                     strategy,
                     _loop(theirs, listed),
                 )
+            news = f"{strategy}, new dicts"
+            loops[f"ours, {news}"] = (
+                OURS,
+                news,
+                _loop_of_new(of_new.get_available_deployment, new),
+            )
+            if peer is not None:
+                loops[f"fast-litellm, {news}"] = ("fast-litellm", news, _loop_of_new(theirs, new))
         ours = _loop(get_available_deployment, listed)
         loops["ours, function"] = (OURS, "function", ours)
         if peer is not None:
@@ -102,6 +125,15 @@ def run(settings: Settings) -> Result:
         for what in (*STRATEGIES, "function")
         for who, target in (("fast-litellm", TARGET_PEER), ("plain Python", TARGET_PLAIN))
         if (who, what) != ("plain Python", "function")
+    ] + [
+        ratio(
+            result.rows,
+            f"fast-litellm, {strategy}, new dicts",
+            f"ours, {strategy}, new dicts",
+            TARGET_NEW,
+            promise="routing, lists of new dicts",
+        )
+        for strategy in STRATEGIES
     ]
     result.plots.append(
         Plot(

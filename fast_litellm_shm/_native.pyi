@@ -1,6 +1,6 @@
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, AnyStr, Generic, TypeAlias, TypeVar
 
 from fast_litellm_shm.limits import Granted, InFlight, LimitSpec
 
@@ -10,6 +10,7 @@ ffi: Any
 lib: Any
 
 def _untrack(o: object, /) -> None: ...
+def _has_ours(fields: Iterable[tuple[AnyStr, AnyStr]], ours: frozenset[AnyStr], /) -> bool: ...
 def _on_look(hook: Callable[[int], None], /) -> None: ...
 
 class Decision:
@@ -32,6 +33,27 @@ class Decision:
     @property
     def shared(self) -> bool: ...
     def __bool__(self) -> bool: ...
+
+class Fields(Generic[AnyStr]):
+    def __init__(
+        self,
+        rate_limit: AnyStr,
+        quoted: AnyStr,
+        limit: tuple[AnyStr, AnyStr],
+        remaining: AnyStr,
+        reset: AnyStr,
+        longest: float,
+        /,
+    ) -> None: ...
+    def add(
+        self,
+        fields: list[tuple[AnyStr, AnyStr]],
+        decision: Decision,
+        left: int | None,
+        until_all: float | None,
+        now: float,
+        /,
+    ) -> None: ...
 
 class Permit:
     @property
@@ -269,16 +291,16 @@ class RouterCore:
 class Counts:
     """expiry: seconds. left: seconds until the window is over."""
 
-    def incr(self, key: str | bytes, expiry: float, amount: int, /) -> int: ...
+    def incr(self, key: str | bytes, expiry: float, amount: float = 1) -> int: ...
     def get(self, key: str | bytes, /) -> int: ...
     def left(self, key: str | bytes, /) -> float: ...
     def sliding(self, key: str | bytes, expiry: float, /) -> tuple[int, int, float]: ...
     def moving(self, key: str | bytes, limit: int, expiry: float, /) -> tuple[int, float]: ...
-    def acquire_sliding(
-        self, key: str | bytes, limit: int, expiry: float, amount: int, /
+    def acquire_sliding_window_entry(
+        self, key: str | bytes, limit: int, expiry: float, amount: float = 1
     ) -> bool: ...
-    def acquire_moving(
-        self, key: str | bytes, limit: int, expiry: float, amount: int, /
+    def acquire_entry(
+        self, key: str | bytes, limit: int, expiry: float, amount: float = 1
     ) -> bool: ...
     def _bind(self, handles: tuple[Any, ...], fixed: int, sliding: int, moving: int, /) -> None: ...
 

@@ -134,6 +134,10 @@ static inline HOT void table_find_inline(const fshm_segment *s, uint64_t hash, u
 static inline void table_prefetch(const fshm_segment *s, uint64_t hash) {
   __builtin_prefetch(&s->slots[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);
 }
+/* The same, of a slot that will hardly be written. */
+static inline void table_prefetch_read(const fshm_segment *s, uint64_t hash) {
+  __builtin_prefetch(&s->slots[probe_start(s, hash, 0) * SLOTS_PER_LINE]);
+}
 /* Prefetch the line of its key statistics, for the end of the call. */
 static inline void table_prefetch_stats(const fshm_segment *s, uint64_t hash) {
   __builtin_prefetch(&s->key_stats[probe_start(s, hash, 0) * SLOTS_PER_LINE], 1);

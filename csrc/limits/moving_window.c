@@ -13,6 +13,7 @@
 #include "per_call.h"
 
 /* A turn is kept in 22 bits: the head's end in units of 4 ms. */
+#define FETCHED 8 /* positions that are fetched before they are looked at */
 #define MOST_TURNS (UINT64_C(1) << 22)
 static_assert(MOST_TURNS > 2 * (uint64_t)FSHM_MAX_MOVING, "a turn is below 2n");
 
@@ -45,6 +46,11 @@ static head_t head_look(const moving_t *m) {
 
 static inline uint64_t next_position(const moving_t *m, uint64_t turn) {
   return turn < m->n ? turn : turn % m->n;
+}
+
+/* The i-th position from this one on, i below n. */
+static inline uint64_t position_after(const moving_t *m, uint64_t from, uint64_t i) {
+  return from + i < m->n ? from + i : from + i - m->n;
 }
 
 /* The turn after the `ahead`th position from next_position() is taken. */
@@ -124,11 +130,14 @@ static inline uint64_t token_who(const moving_t *m, uint64_t position) {
   return side_who(nth_who(m->k.who, (uint32_t)position), m->k.index);
 }
 
-/* The end of the token in this position; 0 = it is free. */
-static inline uint64_t position_look(const moving_t *m, uint64_t position, found_t *f) {
-  uint64_t home = token_hash(m, position);
-  table_find(m->k.s, home, token_who(m, position), f);
+/* The end of the token in this position, whose hash is `home`; 0 = it is free. */
+static inline uint64_t position_look_at(const moving_t *m, uint64_t position, uint64_t home,
+                                        found_t *f) {
+  table_find_inline(m->k.s, home, token_who(m, position), f);
   return window_read(f->pair.who ? f->pair.when : 0, m->k.now).end;
+}
+static inline uint64_t position_look(const moving_t *m, uint64_t position, found_t *f) {
+  return position_look_at(m, position, token_hash(m, position), f);
 }
 
 static int position_put(const moving_t *m, uint64_t position, found_t *f, token_t *token,
@@ -156,11 +165,16 @@ static void return_tokens(const moving_t *m, const token_t *tokens, uint64_t cou
  * the last. */
 static bool find_room(const moving_t *m, const head_t *h, uint64_t cost, uint64_t ahead[2],
                       found_t *f, patience_t *left) {
-  uint64_t from = next_position(m, h->turn), found = 0;
+  uint64_t from = next_position(m, h->turn), found = 0, hashed = 0, home[FETCHED];
   for (uint64_t i = 0; i < m->n; i++) {
-    uint64_t position = from + i < m->n ? from + i : from + i - m->n;
+    uint64_t position = position_after(m, from, i);
+    /* The first is free in most calls. Where it is not, most of the call is waiting for memory: fetch some ahead. */
+    for (; hashed < m->n && hashed < (i ? i + FETCHED : 1); hashed++) {
+      home[hashed % FETCHED] = token_hash(m, position_after(m, from, hashed));
+      if (i) table_prefetch_read(m->k.s, home[hashed % FETCHED]);
+    }
     left->swaps--;
-    if (position_look(m, position, f)) continue;
+    if (position_look_at(m, position, home[i % FETCHED], f)) continue;
     if (!found++) ahead[0] = i;
     ahead[1] = i;
     if (found == cost) return true;
@@ -186,7 +200,7 @@ static int take_tokens(const moving_t *m, head_t *h, uint64_t cost, token_t *tok
   left->swaps--;
   left->claims -= !h->slot.pair.who;
   for (uint64_t i = ahead[0]; status == CLAIMED && i <= ahead[1] && *count < cost; i++) {
-    uint64_t position = from + i < m->n ? from + i : from + i - m->n;
+    uint64_t position = position_after(m, from, i);
     if (cost > 1 && position_look(m, position, &f)) continue;
     status = position_put(m, position, &f, &tokens[*count], left);
     *count += status == CLAIMED;

@@ -57,6 +57,15 @@ static int get_period(PyObject *value, uint64_t *ns) {
   return 0; /* 0, and whatever else is out of range: fshm_count() says so */
 }
 
+/* What a hit costs: an int, or another number, which _whole() of the Python class rounds. */
+static int get_amount(PyObject *o, PyObject *value, uint64_t *out) {
+  if (likely(Py_TYPE(value) == &PyLong_Type)) return get_cost(value, out);
+  PyObject *whole = PyObject_CallMethod(o, "_whole", "O", value);
+  int failed = !whole || get_cost(whole, out);
+  Py_XDECREF(whole);
+  return failed;
+}
+
 /* (key, limit, expiry, amount). NULL for `limit` or `amount`: the call has none. */
 typedef struct {
   fshm_limiter *limiter;
@@ -76,7 +85,7 @@ static int begin_call(PyObject *o, int which, PyObject *key, PyObject *limit, Py
   if (!c->limiter) return fail(PyExc_RuntimeError, "_bind() was not called");
   if (limit && get_cost(limit, &c->limit.n)) return -1;
   if (expiry && get_period(expiry, &c->limit.per_ns)) return -1;
-  if (amount && (get_cost(amount, &c->amount) || watch_call(&((Counts *)o)->watch))) return -1;
+  if (amount && (get_amount(o, amount, &c->amount) || watch_call(&((Counts *)o)->watch))) return -1;
   return get_key(key, &c->key);
 }
 
@@ -95,11 +104,16 @@ static int make_call(PyObject *o, const counted_call *c, uint64_t cost, fshm_cou
   return -1;
 }
 
-/* incr(key, expiry, amount): the count; or, if it would exceed the key's own limit, the count that it would be. */
-static PyObject *counts_incr(PyObject *o, PyObject *const *args, Py_ssize_t n) {
+static const char *const incr_names[] = {"key", "expiry", "amount"};
+static const char *const acquire_names[] = {"key", "limit", "expiry", "amount"};
+
+/* incr(key, expiry, amount=1): the count; or, if it would exceed the key's own limit, the count that it would be. */
+static PyObject *counts_incr(PyObject *o, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   counted_call c;
   fshm_counted found;
-  if (count_args("incr", n, 3) || begin_call(o, COUNT_FIXED, args[0], NULL, args[1], args[2], &c))
+  PyObject *in[3] = {NULL};
+  if (parse("incr", args, n, kw, incr_names, in, 3, 2) ||
+      begin_call(o, COUNT_FIXED, in[0], NULL, in[1], in[2] ? in[2] : s_one, &c))
     return NULL;
   const uint64_t most = (UINT64_C(1) << 31) - 1, limit = limit_in(&c.key, c.limit.per_ns);
   uint64_t charge = c.amount;
@@ -148,10 +162,15 @@ static PyObject *counts_moving(PyObject *o, PyObject *const *args, Py_ssize_t n)
   return Py_BuildValue("Kd", (unsigned long long)found.count, (double)found.left_ns / 1e9);
 }
 
-static PyObject *acquire_counted(PyObject *o, int which, PyObject *const *args) {
+/* (key, limit, expiry, amount=1): whether they were admitted. */
+static PyObject *acquire_counted(PyObject *o, int which, const char *name, PyObject *const *args,
+                                 Py_ssize_t n, PyObject *kw) {
   counted_call c;
   fshm_counted found;
-  if (begin_call(o, which, args[0], args[1], args[2], args[3], &c)) return NULL;
+  PyObject *in[4] = {NULL};
+  if (parse(name, args, n, kw, acquire_names, in, 4, 3) ||
+      begin_call(o, which, in[0], in[1], in[2], in[3] ? in[3] : s_one, &c))
+    return NULL;
   if (c.amount > c.limit.n) { /* under any limit, also 0 */
     Py_XDECREF(c.key.held);
     Py_RETURN_FALSE;
@@ -160,11 +179,13 @@ static PyObject *acquire_counted(PyObject *o, int which, PyObject *const *args) 
   return PyBool_FromLong(found.status != FSHM_DENIED);
 }
 
-static PyObject *counts_acquire_sliding(PyObject *o, PyObject *const *args, Py_ssize_t n) {
-  return count_args("acquire_sliding", n, 4) ? NULL : acquire_counted(o, COUNT_SLIDING, args);
+static PyObject *counts_acquire_sliding(PyObject *o, PyObject *const *args, Py_ssize_t n,
+                                        PyObject *kw) {
+  return acquire_counted(o, COUNT_SLIDING, "acquire_sliding_window_entry", args, n, kw);
 }
-static PyObject *counts_acquire_moving(PyObject *o, PyObject *const *args, Py_ssize_t n) {
-  return count_args("acquire_moving", n, 4) ? NULL : acquire_counted(o, COUNT_MOVING, args);
+static PyObject *counts_acquire_moving(PyObject *o, PyObject *const *args, Py_ssize_t n,
+                                       PyObject *kw) {
+  return acquire_counted(o, COUNT_MOVING, "acquire_entry", args, n, kw);
 }
 
 /* _bind(handles, fixed, sliding, moving): a tuple of the owners of the limiters, and their addresses. */
@@ -188,13 +209,13 @@ static void counts_dealloc(PyObject *o) {
 }
 
 static PyMethodDef counts_methods[] = {
-    {"incr", FAST(counts_incr), METH_FASTCALL, NULL},
+    {"incr", FAST(counts_incr), FLAGS, NULL},
     {"get", counts_get, METH_O, NULL},
     {"left", counts_left, METH_O, NULL},
     {"sliding", FAST(counts_sliding), METH_FASTCALL, NULL},
     {"moving", FAST(counts_moving), METH_FASTCALL, NULL},
-    {"acquire_sliding", FAST(counts_acquire_sliding), METH_FASTCALL, NULL},
-    {"acquire_moving", FAST(counts_acquire_moving), METH_FASTCALL, NULL},
+    {"acquire_sliding_window_entry", FAST(counts_acquire_sliding), FLAGS, NULL},
+    {"acquire_entry", FAST(counts_acquire_moving), FLAGS, NULL},
     {"_bind", counts_bind, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL}};
 

@@ -10,6 +10,7 @@
 #include "py_tokens.c"
 #include "py_memo.c"
 #include "py_budget.c"
+#include "py_fields.c"
 
 /* _untrack(object): the garbage collector ignores it from now on, and counts its references as references from
  * outside. For objects that cannot be part of a cycle (_shared/native.py, owned()). */
@@ -20,6 +21,7 @@ static PyObject *module_untrack(UNUSED PyObject *module, PyObject *o) {
 
 static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
                                        {"_on_look", module_on_look, METH_O, NULL},
+                                       {"_has_ours", FAST(module_has_ours), METH_FASTCALL, NULL},
                                        {"open_vocabulary", vocabulary_open, METH_O, NULL},
                                        {"build_vocabulary", vocabulary_build, METH_VARARGS, NULL},
                                        {NULL, NULL, 0, NULL}};
@@ -49,6 +51,7 @@ static struct {
              {SPEC(Recorder, recorder_slots, BASE), NULL},
              {SPEC(RouterCore, router_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(Counts, counts_slots, BASE), NULL},
+             {SPEC(Fields, fields_slots, Py_TPFLAGS_DEFAULT), NULL},
              {SPEC(BudgetCore, budget_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(BudgetReservation, budget_reservation_slots, INTERNAL | Py_TPFLAGS_HAVE_GC),
               &budget_reservation_type},
@@ -70,8 +73,8 @@ static int install(PyObject *module) {
 #ifdef Py_GIL_DISABLED
   if (PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED)) return -1;
 #endif
-  return PyModule_AddFunctions(module, module_methods) || make_constants() || find_is_ascii() ||
-         add_types(module);
+  return PyModule_AddFunctions(module, module_methods) || make_constants() || make_router_names() ||
+         find_is_ascii() || add_types(module);
 }
 
 /* Python calls PyInit__native() on import. The code that cffi generates after this file defines it too: the macros

@@ -42,7 +42,7 @@ typedef struct {
 
 static PyTypeObject *core_type;
 
-static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full;
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_one;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
@@ -884,7 +884,9 @@ static int make_constants(void) {
   s_retry = PyUnicode_InternFromString("retry_after_ms");
   s_default = PyUnicode_InternFromString("default");
   s_full = PyUnicode_InternFromString("Rate limit exceeded");
-  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full) return -1;
+  s_one = PyLong_FromLong(1);
+  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full || !s_one)
+    return -1;
   check_allowed = Py_BuildValue("{OOOsOO}", s_allowed, Py_True, s_reason, "Request allowed",
                                 s_remaining, Py_None);
   check_denied =

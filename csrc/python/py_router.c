@@ -2,7 +2,8 @@
  *
  * _plan() of the Python subclass reads a list of deployments (which ones fit the model, the index of their
  * statistics, weights, prices, names). The result, a plan, is kept here for PLAN_NS. A plan is used for an equal
- * model and a list of the same objects. A change inside the objects is noticed when the next plan is made.
+ * model and a list of the same objects, or of dicts that have the same in all that the plan was made of. A change
+ * inside the objects is noticed when the next plan is made.
  */
 #include "py_args.h"
 #include "py_measure.h"
@@ -10,6 +11,20 @@
 #define PLANS 8 /* plans kept; a router has a few models */
 #define PLAN_NS UINT64_C(100000000)
 #define FEW 4 /* blocked names that are compared one by one */
+
+enum { WEIGHTS = 3, PRICES = 2, FIELDS = 2 * PRICES };
+
+/* What a plan was made of, of one deployment; new references, or NULL where it has none. name: its exact str; NULL:
+ * the deployment can be compared by its address alone. */
+typedef struct {
+  PyObject *name; /* model_name; alone, where the deployment is of another model */
+  PyObject *params, *info; /* the dicts themselves: theirs is the rest */
+  PyObject *model, *id;
+  PyObject *fields[FIELDS]; /* weights; or prices, of params and of info */
+} read_deployment;
+
+static PyObject *s_model_name, *s_params, *s_info, *s_model, *s_id, *s_weights[WEIGHTS],
+    *s_prices[PRICES];
 
 /* The plan of one list and model. Holds references to all objects that it compares by address. A call holds the plan
  * that it uses: comparing names may run any Python, which may replace the plan. */
@@ -19,6 +34,8 @@ typedef struct {
   PyObject *model; /* exact str */
   Py_ssize_t length, count; /* of the list; of candidates */
   PyObject **items; /* [length] */
+  read_deployment *read; /* [length] */
+  int deciding; /* how many of the weights decide */
   Py_ssize_t *at; /* [count] in the list */
   uint32_t *deployments; /* [count] fshm_deployment_open() */
   double *weights, *prices; /* [count] */
@@ -37,9 +54,19 @@ typedef struct {
   plan_of_list *plans[PLANS];
 } RouterCore;
 
+static void forget_read(read_deployment *r) {
+  PyObject *held[] = {r->name, r->params, r->info, r->model, r->id};
+  for (size_t i = 0; i < sizeof held / sizeof *held; i++) Py_XDECREF(held[i]);
+  for (int i = 0; i < FIELDS; i++) Py_XDECREF(r->fields[i]);
+  *r = (read_deployment){0};
+}
+
 static void plan_drop(plan_of_list *p) {
   if (!p || --p->users) return;
-  for (Py_ssize_t i = 0; i < p->length; i++) Py_XDECREF(p->items[i]);
+  for (Py_ssize_t i = 0; i < p->length; i++) {
+    Py_XDECREF(p->items[i]);
+    forget_read(&p->read[i]);
+  }
   for (Py_ssize_t i = 0; i < p->count; i++) Py_XDECREF(p->names[i]);
   Py_XDECREF(p->model);
   free(p);
@@ -51,10 +78,11 @@ static plan_of_list *plan_room(size_t length, size_t count) {
   const size_t candidate = sizeof(PyObject *) + sizeof *p->found + sizeof *p->at +
                            sizeof *p->weights + sizeof *p->prices + sizeof *p->deployments +
                            sizeof *p->blocked;
-  p = calloc(1, sizeof *p + length * sizeof(PyObject *) + count * candidate);
+  p = calloc(1, sizeof *p + length * (sizeof *p->read + sizeof(PyObject *)) + count * candidate);
   if (!p) return (void *)PyErr_NoMemory();
   p->users = 1;
-  p->items = (PyObject **)(p + 1);
+  p->read = (read_deployment *)(p + 1);
+  p->items = (PyObject **)(p->read + length);
   p->names = p->items + length;
   p->found = (fshm_deployment_info *)(p->names + count);
   p->at = (Py_ssize_t *)(p->found + count);
@@ -65,8 +93,101 @@ static plan_of_list *plan_room(size_t length, size_t count) {
   return p;
 }
 
+/* Of objects whose comparison runs no Python. */
+static int is_same(PyObject *a, PyObject *b) {
+  if (a == b) return 1;
+  if (!a || !b || Py_TYPE(a) != Py_TYPE(b)) return 0;
+  if (PyUnicode_CheckExact(a)) return !PyUnicode_Compare(a, b);
+  return (PyLong_CheckExact(a) || PyFloat_CheckExact(a)) && PyObject_RichCompareBool(a, b, Py_EQ);
+}
+
+/* Is dict[key] the same value? */
+static int has_same(PyObject *dict, PyObject *key, PyObject *value) {
+  PyObject *found = dict_get(dict, key);
+  int same = is_same(found, value);
+  Py_XDECREF(found);
+  return same;
+}
+
+/* dict[key] as an exact str, a new reference. NULL: it is none. */
+static PyObject *text_of(PyObject *dict, PyObject *key) {
+  PyObject *found = dict_get(dict, key);
+  if (found && PyUnicode_CheckExact(found)) return found;
+  Py_XDECREF(found);
+  return NULL;
+}
+
+static PyObject *dict_of(PyObject *dict, PyObject *key) {
+  PyObject *found = dict_get(dict, key);
+  if (found && PyDict_CheckExact(found)) return found;
+  Py_XDECREF(found);
+  return NULL;
+}
+
+/* The fields that the strategy reads. */
+static void read_fields(uint32_t strategy, read_deployment *r) {
+  if (strategy == FSHM_ROUTE_SHUFFLE)
+    for (int i = 0; i < WEIGHTS; i++) r->fields[i] = dict_get(r->params, s_weights[i]);
+  if (strategy == FSHM_ROUTE_COST) {
+    for (int i = 0; i < PRICES; i++) r->fields[i] = dict_get(r->params, s_prices[i]);
+    for (int i = 0; i < PRICES && r->info; i++)
+      r->fields[PRICES + i] = dict_get(r->info, s_prices[i]);
+  }
+}
+
+/* Read a deployment for a later has_read(). What has an id is known by it; what has none, by all its parameters. */
+static void read_one(uint32_t strategy, PyObject *model, PyObject *item, read_deployment *r) {
+  if (!PyDict_CheckExact(item) || !(r->name = text_of(item, s_model_name))) return;
+  if (!is_same(r->name, model)) return;
+  r->params = dict_of(item, s_params);
+  r->info = dict_of(item, s_info);
+  r->id = r->info ? text_of(r->info, s_id) : NULL;
+  r->model = r->params ? text_of(r->params, s_model) : NULL;
+  if (!r->model || !r->id)
+    forget_read(r);
+  else
+    read_fields(strategy, r);
+}
+
+/* How many of the weights decide: all up to the first one that a deployment has. */
+static int deciding_weights(const plan_of_list *p) {
+  for (int n = 0; n < WEIGHTS; n++)
+    for (Py_ssize_t i = 0; i < p->length; i++) {
+      PyObject *weight = p->read[i].fields[n];
+      if (weight && (PyLong_CheckExact(weight) || PyFloat_CheckExact(weight)) &&
+          PyObject_IsTrue(weight) > 0)
+        return n + 1;
+    }
+  return WEIGHTS;
+}
+
+/* Would the plan be the same with this deployment in place of the one that was read? blocked: its names matter. */
+static int has_read(const plan_of_list *p, uint32_t strategy, const read_deployment *r,
+                    PyObject *item, int blocked) {
+  if (!r->name || !PyDict_CheckExact(item) || !has_same(item, s_model_name, r->name)) return 0;
+  if (!r->id) return 1; /* of another model */
+  PyObject *params = dict_of(item, s_params), *info = dict_of(item, s_info);
+  int same = params && info;
+  if (same && params != r->params) {
+    const int weights = strategy == FSHM_ROUTE_SHUFFLE ? p->deciding : 0;
+    const int prices = strategy == FSHM_ROUTE_COST ? PRICES : 0;
+    if (blocked) same = has_same(params, s_model, r->model);
+    for (int i = 0; i < weights && same; i++) same = has_same(params, s_weights[i], r->fields[i]);
+    for (int i = 0; i < prices && same; i++) same = has_same(params, s_prices[i], r->fields[i]);
+  }
+  if (same && info != r->info) {
+    const int prices = strategy == FSHM_ROUTE_COST ? PRICES : 0;
+    same = has_same(info, s_id, r->id);
+    for (int i = 0; i < prices && same; i++)
+      same = has_same(info, s_prices[i], r->fields[PRICES + i]);
+  }
+  Py_XDECREF(params);
+  Py_XDECREF(info);
+  return same;
+}
+
 /* rows: list or tuple of (position, place, weight, price, names) */
-static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
+static plan_of_list *plan_of(uint32_t strategy, PyObject *list, PyObject *model, PyObject *rows) {
   Py_ssize_t length = PyList_Size(list), count = PySequence_Size(rows);
   plan_of_list *p = length < 0 || count < 0 ? NULL : plan_room((size_t)length, (size_t)count);
   if (!p) return NULL;
@@ -74,7 +195,10 @@ static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
     p->items[i] = PyList_GetItem(list, i);
     Py_XINCREF(p->items[i]);
     p->length = i + 1;
+    read_one(strategy, model, p->items[i], &p->read[i]);
+    PyErr_Clear(); /* of a key that cannot be compared */
   }
+  p->deciding = deciding_weights(p);
   p->model = Py_NewRef(model);
   for (Py_ssize_t i = 0; i < count; i++) {
     PyObject *row = PySequence_GetItem(rows, i), *names = NULL;
@@ -93,13 +217,22 @@ static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
   return p;
 }
 
-static int plan_fits(const plan_of_list *p, PyObject *list, PyObject *model, Py_ssize_t length,
-                     uint64_t now) {
+/* Is it a plan of such a list? */
+static int plan_may_fit(const plan_of_list *p, PyObject *model, Py_ssize_t length, uint64_t now) {
   if (!p || p->length != length || now - p->made > PLAN_NS) return 0;
-  if (p->model != model && PyUnicode_Compare(p->model, model)) return 0;
-  for (Py_ssize_t i = 0; i < length; i++)
-    if (PyList_GetItem(list, i) != p->items[i]) return 0;
-  return 1;
+  return p->model == model || !PyUnicode_Compare(p->model, model);
+}
+
+static int plan_fits(const plan_of_list *p, uint32_t strategy, PyObject *list, int blocked) {
+  for (Py_ssize_t i = 0; i < p->length; i++) {
+    PyObject *item = list_get(list, i);
+    int same = item && (item == p->items[i] || has_read(p, strategy, &p->read[i], item, blocked));
+    Py_XDECREF(item);
+    if (!same) break;
+    if (i + 1 == p->length && !PyErr_Occurred()) return 1;
+  }
+  PyErr_Clear(); /* of a list that has got shorter, or a key that cannot be compared */
+  return !p->length;
 }
 
 /* splitmix64, with the time mixed in, so that forked workers do not pick in step. */
@@ -128,13 +261,25 @@ static void plan_done(RouterCore *self, plan_of_list *p) {
   ALONE_END();
 }
 
-static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
-  if (blocked && mark_blocked(p, blocked)) return NULL;
+/* The place in the list of the one picked; -1: there is none; below: an exception. */
+static Py_ssize_t pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
+  if (blocked && mark_blocked(p, blocked)) return -2;
   int64_t best = fshm_deployment_pick(self->segment, self->strategy, p->deployments, p->weights,
                                       p->prices, blocked ? p->blocked : NULL, (uint32_t)p->count,
                                       random_bits(self, now), p->found);
-  PyObject *picked = best < 0 ? Py_None : p->items[p->at[best]];
-  return Py_NewRef(picked);
+  return best < 0 ? -1 : p->at[best];
+}
+
+/* Are they plans of the same deployments, as far as pointers and ids say? */
+static int plan_replaces(const plan_of_list *p, const plan_of_list *old) {
+  for (Py_ssize_t i = 0; i < p->length; i++) {
+    const read_deployment *a = &p->read[i], *b = &old->read[i];
+    if (p->items[i] == old->items[i] ||
+        (a->name && is_same(a->name, b->name) && is_same(a->id, b->id)))
+      continue;
+    return 0;
+  }
+  return 1;
 }
 
 /* Have Python make a plan; the caller is its first user. NULL without an error: routing is switched off. The plan of
@@ -142,13 +287,14 @@ static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint
 static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model, uint64_t now) {
   PyObject *rows = PyObject_CallMethod((PyObject *)self, "_plan", "OO", list, model);
   plan_of_list *p = NULL;
-  if (rows && rows != Py_None) p = plan_of(list, model, rows);
+  if (rows && rows != Py_None) p = plan_of(self->strategy, list, model, rows);
   if (p && PyList_Check(rows)) {
     plan_of_list *old;
     ALONE_BEGIN(self);
     plan_of_list **kept = &self->plans[self->next++ % PLANS];
     for (int i = 0; i < PLANS; i++) /* preferably the plan that this one replaces */
-      if (self->plans[i] && plan_fits(self->plans[i], list, model, p->length, self->plans[i]->made))
+      if (self->plans[i] && plan_may_fit(self->plans[i], model, p->length, self->plans[i]->made) &&
+          plan_replaces(p, self->plans[i]))
         kept = &self->plans[i];
     old = *kept;
     p->made = now;
@@ -189,11 +335,16 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
   uint64_t now = fshm_clock();
   Py_ssize_t length = PyList_Size(list);
   plan_of_list *p = NULL;
-  ALONE_BEGIN(self);
-  for (int i = 0; i < PLANS && !p; i++)
-    if (plan_fits(self->plans[i], list, model, length, now)) p = self->plans[i];
-  if (p) p->users++;
-  ALONE_END();
+  for (int i = 0; i < PLANS && !p; i++) {
+    ALONE_BEGIN(self);
+    p = plan_may_fit(self->plans[i], model, length, now) ? self->plans[i] : NULL;
+    if (p) p->users++;
+    ALONE_END();
+    if (!p || plan_fits(p, self->strategy, list, blocked != NULL)) continue;
+    plan_done(self, p);
+    p = NULL;
+  }
+  PyObject *given = Py_NewRef(list), *picked = NULL;
   if (!p) {
     PyObject *copy = PyList_GetSlice(list, 0, length); /* no other thread can change it */
     p = copy ? make_plan(self, copy, model, now) : NULL;
@@ -201,14 +352,23 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
     if (!p && copy && !PyErr_Occurred())
       plain = PyObject_CallMethod((PyObject *)self, "_plain", "OOO", copy, model,
                                   blocked ? blocked : Py_None);
-    Py_XDECREF(copy);
-    if (!p) return plain;
+    Py_DECREF(given);
+    given = copy;
+    if (!p) {
+      Py_XDECREF(given);
+      return plain;
+    }
   }
-  PyObject *picked;
+  Py_ssize_t at;
   ALONE_BEGIN(self);
-  picked = pick(self, p, blocked, now);
+  at = pick(self, p, blocked, now);
   ALONE_END();
   plan_done(self, p);
+  if (at >= 0)
+    picked = list_get(given, at);
+  else if (at == -1)
+    picked = Py_NewRef(Py_None);
+  Py_DECREF(given);
   return picked;
 }
 
@@ -266,7 +426,12 @@ static int router_traverse(PyObject *o, visitproc visit, void *arg) {
   Py_VISIT(Py_TYPE(o));
   for (int i = 0; i < PLANS; i++) {
     const plan_of_list *p = ((RouterCore *)o)->plans[i];
-    for (Py_ssize_t n = 0; p && n < p->length; n++) Py_VISIT(p->items[n]);
+    for (Py_ssize_t n = 0; p && n < p->length; n++) {
+      Py_VISIT(p->items[n]);
+      Py_VISIT(p->read[n].params);
+      Py_VISIT(p->read[n].info);
+      for (int f = 0; f < FIELDS; f++) Py_VISIT(p->read[n].fields[f]);
+    }
     for (Py_ssize_t n = 0; p && n < p->count; n++) Py_VISIT(p->names[n]);
   }
   return 0;
@@ -278,6 +443,25 @@ static void router_dealloc(PyObject *o) {
   for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
   Py_XDECREF(self->handle);
   end_derived(o);
+}
+
+static int make_router_names(void) {
+  static const struct {
+    PyObject **at;
+    const char *text;
+  } names[] = {{&s_model_name, "model_name"},
+               {&s_params, "litellm_params"},
+               {&s_info, "model_info"},
+               {&s_model, "model"},
+               {&s_id, "id"},
+               {&s_weights[0], "weight"},
+               {&s_weights[1], "rpm"},
+               {&s_weights[2], "tpm"},
+               {&s_prices[0], "input_cost_per_token"},
+               {&s_prices[1], "output_cost_per_token"}};
+  for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+    if (!(*names[i].at = PyUnicode_InternFromString(names[i].text))) return -1;
+  return 0;
 }
 
 static PyMethodDef router_methods[] = {

@@ -35,4 +35,15 @@ static inline PyObject *dict_get(PyObject *dict, PyObject *key) {
   return found;
 }
 
+/* A new reference to an item of a list. NULL: an exception. */
+static inline PyObject *list_get(PyObject *list, Py_ssize_t at) {
+#ifdef Py_GIL_DISABLED
+  return PyList_GetItemRef(list, at);
+#else
+  PyObject *found = PyList_GetItem(list, at);
+  Py_XINCREF(found);
+  return found;
+#endif
+}
+
 #endif

@@ -18,6 +18,7 @@ BudgetCore = _native.BudgetCore
 BudgetReservation = _native.BudgetReservation
 Core = _native.Core
 Decision = _native.Decision
+Fields = _native.Fields
 HierarchyCore = _native.HierarchyCore
 Permit = _native.Permit
 PoolCore = _native.PoolCore
@@ -29,6 +30,7 @@ Counts = _native.Counts
 Reservation = _native.Reservation
 Slot = _native.Slot
 Use = _native.Use
+has_ours = _native._has_ours  # among the fields of a response: csrc/python/py_fields.c
 on_look = _native._on_look  # a hook that calls run every few seconds: csrc/python/py_watch.h
 
 

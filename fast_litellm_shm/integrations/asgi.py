@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from types import CoroutineType
 from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared.segment import Segment
@@ -38,7 +39,9 @@ from fast_litellm_shm.integrations.web.request import AsgiRequest
 from fast_litellm_shm.integrations.web.responses import (
     TRY_LATER,
     Headers,
+    RawHeaders,
     answers_handshake,
+    as_bytes,
     problem,
 )
 from fast_litellm_shm.limiters.grantors import ClusterArgument
@@ -60,7 +63,6 @@ Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
-RawHeaders: TypeAlias = list[tuple[bytes, bytes]]
 
 #: The messages that may end a body. Two of them are extensions, for files.
 _ENDS_BODY = ("http.response.body", "http.response.pathsend", "http.response.zerocopysend")
@@ -143,27 +145,31 @@ class RateLimitMiddleware(Middleware[App]):
                 )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._waits or scope["type"] not in self._types:
-            await self._serve(scope, receive, send, None)
-            return
-        client = Client(receive)
-        try:
-            await self._serve(scope, receive, send, client)
-        finally:
-            await client.close()
+        if scope["type"] not in self._types:
+            await self.app(scope, receive, send)
+        elif self._waits:
+            client = Client(receive)
+            try:
+                request = AsgiRequest(scope, None, self._root_path)
+                try:
+                    outcome = await self.check_async(request, client.wait_with)
+                except ClientGoneError:
+                    return
+                await self._serve(outcome, scope, client.receive, send)
+            finally:
+                await client.close()
+        else:
+            checked = self.checked(AsgiRequest(scope, None, self._root_path))
+            outcome = await checked if type(checked) is CoroutineType else checked
+            if outcome is None or outcome.denied or outcome.holds:
+                await self._serve(outcome, scope, receive, send)
+            else:
+                scope[MARK] = outcome
+                await self.app(scope, receive, _HeaderSender(outcome, send))
 
     async def _serve(
-        self, scope: Scope, receive: Receive, send: Send, client: Client | None
+        self, outcome: Outcome | None, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        outcome = None
-        if scope["type"] in self._types:
-            request = AsgiRequest(scope, None, self._root_path)
-            try:
-                guard = None if client is None else client.wait_with
-                outcome = await self.check_async(request, guard)
-            except ClientGoneError:
-                return
-            receive = receive if client is None else client.receive
         if outcome is None:
             await self.app(scope, receive, send)
             return
@@ -215,9 +221,7 @@ class _Response:
     async def send(self, message: Message) -> None:
         kind = message["type"]
         if kind == "http.response.start":
-            present: RawHeaders = list(message.get("headers", ()))
-            added = self._outcome.headers_beside(name.decode("latin-1") for name, _ in present)
-            message = {**message, "headers": present + _raw(added)}
+            message = _with_headers(self._outcome, message)
             self.begun = True
         await self._send(message)
         if kind in _ENDS_BODY and not message.get("more_body", False):
@@ -225,8 +229,29 @@ class _Response:
             self._outcome.release()
 
 
+class _HeaderSender:
+    """What the application gets as ``send``, where no permit is held: it makes no coroutine of its
+    own."""
+
+    __slots__ = ("_outcome", "_send")
+
+    def __init__(self, outcome: Outcome, send: Send) -> None:
+        self._outcome, self._send = outcome, send
+
+    def __call__(self, message: Message) -> Awaitable[None]:
+        if message["type"] == "http.response.start":
+            message = _with_headers(self._outcome, message)
+        return self._send(message)
+
+
+def _with_headers(outcome: Outcome, message: Message) -> Message:
+    """The message that begins a response, with the headers that it has to have."""
+    present: RawHeaders = list(message.get("headers", ()))
+    return {**message, "headers": present + outcome.raw_headers_beside(present)}
+
+
 def _raw(headers: Headers) -> RawHeaders:
-    return [(name.lower().encode(), value.encode()) for name, value in headers]
+    return [as_bytes(*field) for field in headers]
 
 
 async def _refuse(outcome: Outcome, scope: Scope, receive: Receive, send: Send) -> None:

@@ -70,13 +70,16 @@ class RateLimitMiddleware(Middleware[App]):
         def start(
             status: str, headers: list[tuple[str, str]], exc_info: ExcInfo = None
         ) -> Callable[[bytes], object]:
-            more = [*headers, *outcome.headers_beside(name for name, _ in headers)]
-            given = (status, more, exc_info) if exc_info else (status, more)
-            write: Callable[[bytes], object] = start_response(*given)
+            more = [*headers, *outcome.pairs_beside(headers)]
+            write: Callable[[bytes], object] = (
+                start_response(status, more, exc_info) if exc_info else start_response(status, more)
+            )
             return write
 
+        environ[MARK] = outcome
+        if not (outcome.denied or outcome.holds):
+            return self.app(environ, start)
         try:
-            environ[MARK] = outcome
             if outcome.refused:
                 refused, fields, body = outcome.refusal()
                 start_response(f"{refused} {responses[refused]}", fields)

@@ -119,17 +119,21 @@ class Admission:
         minute lasts. It can be called again, with a later number of tokens; money is settled
         once. Without ``usd``, what was reserved is spent when the admission is released: a call
         that was made is not free."""
-        _check_tokens("settle", tokens)
+        if type(tokens) is not int or not 0 <= tokens < 2**63:
+            limits.check_tokens("settle: tokens", tokens)
         if self._reservation is not None:
             self._unpriced = usd is None
             if usd is not None:
                 self._reservation.settle(usd)
-        if self.allowed and tokens != self._charged and self._quota._tpm >= 0:
-            quota = self._quota
-            before = quota._costs(self._charged)
-            quota._grantor.settle(self._key, before, quota._numbers(tokens), self._permit)
+        quota, charged = self._quota, self._charged
+        if self.allowed and tokens != charged and quota._tpm >= 0:
+            if quota._grantor.limits is not quota._checked:
+                quota._check_kinds()
+            before, after = quota._before, quota._after
+            used = before + (tokens,) + after
+            quota._grantor.settle(self._key, before + (charged,) + after, used, self._permit)
             if self._service is not None:
-                self._service.correct(tokens - self._charged)
+                self._service.correct(tokens - charged)
             self._charged = tokens
 
     def _left(self) -> dict[str, int]:
@@ -169,10 +173,11 @@ class Admission:
     def release(self) -> bool:
         """The call is over: give the permit back. A second call does no harm. False: there was no
         permit left to give back."""
-        if isinstance(self._reservation, Reservation) and self._unpriced:
-            self._reservation.settle(dollars(self._reservation._nanos))
-        elif self._reservation is not None:
-            self._reservation.release()
+        if self._reservation is not None:
+            if isinstance(self._reservation, Reservation) and self._unpriced:
+                self._reservation.settle(dollars(self._reservation._nanos))
+            else:
+                self._reservation.release()
         if self._released:
             return False
         given_back = self._permit.release()
@@ -311,7 +316,11 @@ class Quota(InSegment):
 
     def _admit(self, key: str | bytes, tokens: int, requests: int) -> Admission:
         """The same, for a call that counts as ``requests`` requests and takes one permit."""
-        permit = self._grantor.admit(key, self._costs(tokens, requests))
+        if requests == 1 and self._grantor.limits is self._checked:  # _costs(), without two calls
+            costs = self._ones if self._tpm < 0 else self._before + (tokens,) + self._after
+        else:
+            costs = self._costs(tokens, requests)
+        permit = self._grantor.admit(key, costs)
         return Admission(self, key, permit, tokens, requests)
 
     def _place(self, waits: Waits, key: str | bytes, order: Order) -> Place:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import json
 import sys
 from types import MappingProxyType
 from typing import Any
@@ -68,6 +70,78 @@ def test_what_changes_in_the_list_is_seen(segment: Segment) -> None:
     for i in range(30):  # more lists than a router keeps
         many = deployments(i + 1)
         assert router.get_available_deployment(many, "m") in many
+
+
+def _planned(router: AdvancedRouter, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows with each list that the router reads anew."""
+    read: list[str] = []
+    plan = AdvancedRouter._plan
+    monkeypatch.setattr(
+        AdvancedRouter, "_plan", lambda *args: (read.append(args[2]), plan(*args))[1]
+    )
+    return read
+
+
+@pytest.mark.parametrize("strategy", ["simple_shuffle", "least_busy", "cost_based"])
+def test_a_list_of_new_dicts_is_not_read_anew(
+    segment: Segment, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = AdvancedRouter(strategy, segment=segment)
+    read = _planned(router, monkeypatch)
+    other = {"model_name": "n", "litellm_params": {"model": "x"}}
+    text = json.dumps([*deployments(3, weight=2), other])
+    for _ in range(50):
+        listed = json.loads(text)
+        picked = router.get_available_deployment(listed, "m")
+        assert any(picked is each for each in listed[:3])  # the very object of this list
+    assert len(read) < 10  # one in 0.1 s
+
+
+@pytest.mark.parametrize(
+    ("strategy", "field"),
+    [
+        ("simple_shuffle", "weight"),
+        ("simple_shuffle", "tpm"),
+        ("cost_based", "input_cost_per_token"),
+    ],
+)
+def test_what_differs_in_a_new_list_is_seen_at_once(
+    segment: Segment, strategy: str, field: str
+) -> None:
+    router = AdvancedRouter(strategy, segment=segment)
+    for best in [0, 1, 2] * 20:
+        listed = deployments(3)
+        for at, deployment in enumerate(listed):
+            favoured = (at == best) == (strategy == "simple_shuffle")
+            deployment["litellm_params"][field] = 1 if favoured else 0
+        assert router.get_available_deployment(listed, "m") is listed[best]
+
+
+def test_what_is_blocked_goes_by_the_new_list(segment: Segment) -> None:
+    router = AdvancedRouter(segment=segment)
+    for best in [0, 1, 2] * 20:
+        listed = deployments(3)
+        for at, deployment in enumerate(listed):
+            deployment["litellm_params"]["model"] = "good" if at == best else "bad"
+        assert router.get_available_deployment(listed, "m", ["bad"]) is listed[best]
+
+
+def test_another_id_or_another_kind_of_value_is_another_deployment(segment: Segment) -> None:
+    router = AdvancedRouter(segment=segment)
+    listed = deployments(2, weight=1)
+    assert router.get_available_deployment(listed, "m") in listed
+    for i in range(20):
+        again = copy.deepcopy(listed)
+        again[1]["model_info"]["id"] = f"other{i}"
+        router.get_available_deployment(again, "m")
+        assert f"other{i}" in router.get_stats()
+    again = copy.deepcopy(listed)
+    again[1]["litellm_params"]["weight"] = True
+    with pytest.raises(ValueError, match="weight"):
+        router.get_available_deployment(again, "m")
+    again[1]["litellm_params"] = None
+    with pytest.raises(TypeError, match="litellm_params"):
+        router.get_available_deployment(again, "m")
 
 
 def test_kept_plans_do_not_keep_lists_for_ever(segment: Segment) -> None:

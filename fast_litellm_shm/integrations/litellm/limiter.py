@@ -174,8 +174,12 @@ def _guarded(doing: str, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     try:
         return do(*args, **kwargs)
     except Exception as error:
-        failures.report(doing, error, "what it held may count until this worker ends")
+        _not_given_back(doing, error)
         return None
+
+
+def _not_given_back(doing: str, error: Exception) -> None:
+    failures.report(doing, error, "what it held may count until this worker ends")
 
 
 def _pass_or_refuse(
@@ -299,7 +303,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     def _find(self, of: Mapping[str, Any]) -> Call | None:
         """The call of a hook's data: the one of its context, never another with the same id, which
         a client may have chosen. A guardrail's own call has another id."""
-        id, found = _id_of(of), _call.get() or None
+        found = _call.get()
+        if not found:
+            return None
+        id = _id_of(of)
+        if id is None or found.id == id:
+            return found
         while found is not None and id is not None and found.id != str(id):
             found = found.outer
         return found
@@ -324,8 +333,14 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     ) -> Any:
         call = self._find(data)
         if call is not None:
-            _guarded("settling tokens", self._answered, call, response)
-            _guarded("ending a request", call.finish)
+            try:
+                self._answered(call, response)
+            except Exception as error:
+                _not_given_back("settling tokens", error)
+            try:
+                call.finish()
+            except Exception as error:
+                _not_given_back("ending a request", error)
         return response
 
     async def async_post_call_streaming_iterator_hook(
@@ -357,7 +372,11 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         call = self._find(data)
         if call is None or not call.admissions.subjects:
             return None
-        found = _guarded("reading what is left", call.admissions.remaining)
+        try:
+            found = call.admissions.remaining()
+        except Exception as error:
+            _not_given_back("reading what is left", error)
+            return None
         if not found:
             return None
         headers = responses.headers_of(found)
@@ -478,7 +497,10 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
     async def async_log_success_event(
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any
     ) -> None:
-        _guarded("ending an attempt", self._logged, kwargs, response_obj, True)
+        try:
+            self._logged(kwargs, response_obj, True)
+        except Exception as error:
+            _not_given_back("ending an attempt", error)
 
     async def async_log_failure_event(
         self, kwargs: dict[str, Any], response_obj: Any, start_time: Any, end_time: Any

@@ -234,6 +234,9 @@ def _reader(of: Any) -> Callable[[str], Any]:
     return lambda name: getattr(of, name, None)
 
 
+_TOTALS = frozenset({"prompt_tokens", "completion_tokens", "total_tokens"})
+
+
 class Usage:
     """Input, output and total tokens of one answer. Tokens that the provider read from its cache
     count in none of them, as in LiteLLM's own limits; tokens that it wrote to its cache do."""
@@ -241,6 +244,12 @@ class Usage:
     __slots__ = ("input", "output", "total")
 
     def __init__(self, usage: Any) -> None:
+        if type(usage) is dict and _TOTALS.issuperset(usage):  # the usual answer of a provider
+            given, made = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            total = usage.get("total_tokens")
+            if given and type(given) is type(made) is type(total) is int:
+                self.input, self.output, self.total = given, made, total or given + made
+                return
         field = _reader(usage)
         self.input = int(field("prompt_tokens") or 0)
         self.output = int(field("completion_tokens") or field("output_tokens") or 0)

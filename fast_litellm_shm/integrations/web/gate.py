@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from types import CoroutineType
 from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
@@ -14,8 +15,9 @@ from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
 from fast_litellm_shm.integrations.web import responses
 from fast_litellm_shm.integrations.web.keys import client_address
 from fast_litellm_shm.integrations.web.log import Log
-from fast_litellm_shm.integrations.web.outcome import Outcome, combined
+from fast_litellm_shm.integrations.web.outcome import Left, Outcome, combined
 from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.integrations.web.routes import Routes
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
 from fast_litellm_shm.integrations.web.turn import Turns
 from fast_litellm_shm.limiters.choice import chosen
@@ -26,6 +28,7 @@ _App = TypeVar("_App")
 # Awaits a call that waits for its turn, and cancels it when the client has gone.
 Guard: TypeAlias = "Callable[[Coroutine[Any, Any, Held]], Awaitable[Held]]"
 _LAST = -100  # the lowest priority
+_NOT_ASKED: Any = object()
 _BAD_COST = (TypeError, ValueError, OverflowError)  # what a limiter raises for one
 
 
@@ -47,15 +50,26 @@ class _Opened:
             rule.limits, name=name, segment=segment, on_full=on_full, settles=False
         )
         self._turns = Turns(self._grantor) if rule.wait else None
-        self._described: tuple[Any, tuple[str, ...], str] | None = None
+        self._policies = responses.NO_POLICIES
+        #: Whether a request is admitted or refused by one native call.
+        self.at_once = not (rule.wait or callable(rule.cost) or self._grantor.may_wait)
+        admit, cost = self._grantor.admit, rule.cost
+        #: The call: of a key.
+        self.admit_at_once: Callable[[str | bytes], Held] = admit  # type: ignore[assignment]
+        if self.at_once and not callable(cost) and cost != 1:  # which is what it takes by itself
+            self.admit_at_once = functools.partial(admit, cost=self._cost(cost))
 
-    def described(self) -> tuple[tuple[str, ...], str]:
-        """Names of the limits, and RateLimit-Policy: of those in force."""
-        found = self._grantor.limits  # those in force, which may be changed
-        if self._described is None or self._described[0] != found:
-            names = responses.policy_names(self.rule.public_name, found)
-            self._described = (found, names, responses.policy(names, found))
-        return self._described[1:]
+    def _cost(self, cost: Cost) -> Cost:
+        """With that of the permit."""
+        tuple_ = isinstance(cost, tuple) and self.rule.in_flight is not None
+        return (*cost, 1) if tuple_ else cost
+
+    def policies(self) -> responses.Policies:
+        """Of the limits in force, which may be changed."""
+        found = self._grantor.limits
+        if found is not self._policies.found and found != self._policies.found:
+            self._policies = responses.Policies(self.rule.public_name, found)
+        return self._policies
 
     async def admit(
         self,
@@ -67,39 +81,41 @@ class _Opened:
     ) -> Outcome:
         """may_await: where a server must be asked, a thread does that. wishing: how to wait, where
         the request has to. Cancelled, it holds nothing; what it was granted is consumed."""
-        if isinstance(cost, tuple) and self.rule.in_flight is not None:
-            cost = (*cost, 1)  # for the permit
+        cost = self._cost(cost)
         grantor, turns = self._grantor, self._turns
         if turns is None or not grantor.waited_for(key):
             permit = await grantor.admit_async(key, cost) if may_await else grantor.admit(key, cost)
             if turns is None or permit.allowed or not turns.may_come(permit, self.rule.wait):
-                return self._outcome(key, permit)
+                return self.outcome(key, permit)
         wished = await wishing()
         waiting = turns.wait(ASYNCIO if may_await else BLOCKING, key, cost, self.rule.wait, wished)
         try:
-            return self._outcome(key, await (waiting if guard is None else guard(waiting)))
+            return self.outcome(key, await (waiting if guard is None else guard(waiting)))
         except Shed as shed:
-            outcome = self._outcome(key, grantor.denied(key, cost))
+            outcome = self.outcome(key, grantor.denied(key, cost))
             outcome.expected = turns.pace.expected(shed.ahead)
             return outcome
 
-    def _outcome(self, key: str | bytes, permit: Held) -> Outcome:
-        decision, described = permit.decision, self.described()
-        left = self._left(key, decision, len(described[0]))
-        return Outcome(self.rule, key, permit, *described, not decision.allowed, left)
+    def outcome(self, key: str | bytes, permit: Held) -> Outcome:
+        """What an admission or a denial comes to."""
+        policies = self.policies()
+        if len(policies.found) == 1:
+            return Outcome(self.rule, key, permit, policies, not permit.allowed)
+        left = self._left(key, permit.decision, len(policies.found))
+        return Outcome(self.rule, key, permit, policies, not permit.allowed, left)
 
-    def _left(self, key: str | bytes, decision: Decision, count: int) -> tuple[int, float]:
+    def _left(self, key: str | bytes, decision: Decision, count: int) -> Left:
         """Of the limit that the decision names: what is left, and the seconds until nothing of it
         is used. A decision itself has the least and the longest of all its limits. So if there are
         several limits, these numbers are looked up, from what this host knows."""
         count -= self.rule.in_flight is not None
         if count < 2 or decision.limit_index >= count or self.rule.dry_run:
-            return decision.remaining, decision.reset_after
+            return None, None
         return self._grantor.of_limit(key, decision)
 
     def unchecked(self, key: str | bytes, denied: bool, status: int = 503) -> Outcome:
         """The outcome where the limits cannot be checked. status: of a refusal."""
-        return Outcome(self.rule, key, None, *self.described(), denied, error_status=status)
+        return Outcome.unchecked(self.rule, key, self.policies(), denied, status)
 
 
 class Gate(Generic[_App]):
@@ -158,29 +174,69 @@ class Gate(Generic[_App]):
         self._rules: list[tuple[Rule, _Opened | None]] = [
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
+        self._routes = Routes(self._rules)
 
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
         raises. It waits under a rule with ``wait``, and with a cluster for the server."""
-        return run(self._check(request, may_await=False).__await__())
+        checked = self.checked(request, may_await=False)
+        return run(checked.__await__()) if type(checked) is CoroutineType else checked
 
-    def check_async(
-        self, request: Request, guard: Guard | None = None
-    ) -> Coroutine[Any, Any, Outcome | None]:
+    async def check_async(self, request: Request, guard: Guard | None = None) -> Outcome | None:
         """check() for asyncio, where the functions of a rule may be async. It waits by await alone.
         guard: awaits the calls that wait for their turn."""
-        return self._check(request, True, guard)
+        checked = self.checked(request, guard=guard)
+        return await checked if type(checked) is CoroutineType else checked
+
+    def checked(
+        self, request: Request, *, may_await: bool = True, guard: Guard | None = None
+    ) -> Outcome | None | Coroutine[Any, Any, Outcome | None]:
+        """The outcome of check_async(); or a coroutine that returns it, where there may be
+        something to wait for."""
+        if self._refuses is not None and len(request.readings.routed) > 1:
+            return Outcome.unchecked(self._refuses, "", responses.NO_POLICIES, True, 400)
+        found = self._routes.find(request)
+        if not found:
+            return None
+        opened = found[0]
+        if len(found) > 1:
+            return self._check(found, request, may_await, guard)
+        rule = opened.rule
+        if not opened.at_once:
+            return self._check_rule(opened, request, may_await, guard)
+        key: Any
+        try:
+            key = rule.key(request)
+        except Exception as error:
+            key = self._key_failed(rule, request, error)
+        if type(key) is str or type(key) is bytes:
+            if rule.exempt and key_bytes(key) in rule.exempt:
+                return None
+            try:
+                permit = opened.admit_at_once(key)
+            except Exception:  # nothing was consumed; the long way says what is wrong
+                return self._check_rule(opened, request, may_await, guard, key)
+            try:
+                outcome = opened.outcome(key, permit)
+            except FastShmError as error:
+                return self._unchecked(opened, key, error)
+            if outcome.denied and rule.dry_run:
+                self._log.dry_run(outcome, request)
+            return outcome
+        return self._check_rule(opened, request, may_await, guard, key)
 
     async def _check(
-        self, request: Request, may_await: bool, guard: Guard | None = None
+        self,
+        found: tuple[_Opened, ...],
+        request: Request,
+        may_await: bool,
+        guard: Guard | None = None,
     ) -> Outcome | None:
         """may_await: if False, nothing here suspends, so that check() can run it without an event
         loop."""
-        if self._refuses is not None and len(request.readings.routed) > 1:
-            return Outcome(self._refuses, "", None, (), "", True, error_status=400)
         outcomes: list[Outcome] = []
         try:
-            for opened in self._find(request):
+            for opened in found:
                 outcome = await self._check_rule(opened, request, may_await, guard)
                 if outcome is not None:
                     outcomes.append(outcome)
@@ -192,23 +248,23 @@ class Gate(Generic[_App]):
         return combined(outcomes)
 
     async def _check_rule(
-        self, opened: _Opened, request: Request, may_await: bool, guard: Guard | None
+        self,
+        opened: _Opened,
+        request: Request,
+        may_await: bool,
+        guard: Guard | None,
+        key: Any = _NOT_ASKED,
     ) -> Outcome | None:
+        """key: what the key function returned."""
         rule = opened.rule
-        key: Any
         try:
-            key = rule.key(request)
+            key = rule.key(request) if key is _NOT_ASKED else key
             if inspect.isawaitable(key):
                 key = await key if may_await else _refuse_async(key, "key")
             if key is not None and not isinstance(key, (str, bytes)):
                 raise TypeError(f"the key function gave {key!r}, which is no str, bytes or None")
         except Exception as error:
-            self._log.failure(
-                f"rule {rule.name!r}: its key function failed; such requests count for the "
-                "client's address",
-                error,
-            )
-            key = client_address(request)
+            key = self._key_failed(rule, request, error)
         if key is None or (rule.exempt and key_bytes(key) in rule.exempt):
             return None
         cost: Any = rule.cost
@@ -230,14 +286,27 @@ class Gate(Generic[_App]):
                     return opened.unchecked(key, True)
                 outcome = await opened.admit(client_address(request), 1, *how)
         except FastShmError as error:
-            denied = self._on_error == "deny"
-            shown = "refused" if denied else "let through, uncounted"
-            self._log.failure(f"rule {rule.name!r} cannot be checked; requests are {shown}", error)
-            full = isinstance(error, SegmentFullError)
-            return opened.unchecked(key, denied, 429 if full else 503)
+            return self._unchecked(opened, key, error)
         if outcome.denied and rule.dry_run:
             self._log.dry_run(outcome, request)
         return outcome
+
+    def _unchecked(self, opened: _Opened, key: str | bytes, error: FastShmError) -> Outcome:
+        denied = self._on_error == "deny"
+        shown = "refused" if denied else "let through, uncounted"
+        name = opened.rule.name
+        self._log.failure(f"rule {name!r} cannot be checked; requests are {shown}", error)
+        full = isinstance(error, SegmentFullError)
+        return opened.unchecked(key, denied, 429 if full else 503)
+
+    def _key_failed(self, rule: Rule, request: Request, error: Exception) -> str:
+        """The key of the request then."""
+        self._log.failure(
+            f"rule {rule.name!r}: its key function failed; such requests count for the "
+            "client's address",
+            error,
+        )
+        return client_address(request)
 
     async def _wish(self, rule: Rule, request: Request, may_await: bool) -> Wish:
         """How a request waits. Where a function fails, it waits behind all others: who can make it
@@ -259,24 +328,6 @@ class Gate(Generic[_App]):
                 error,
             )
             return wish(None, 1.0, _LAST, rule.max_waiting, None)
-
-    def _find(self, request: Request) -> list[_Opened]:
-        """For each path by which the request may be routed: the first rule that matches it, and the
-        rules with limits before it that match another name of that path."""
-        routed, aliases = request.readings.routed, request.readings.aliases
-        found = []
-        for rule, opened in self._rules:
-            if not rule.takes(request.method):
-                continue
-            left = tuple(path for path in routed if not rule.has(path))
-            if opened is not None and (
-                left != routed or any(map(rule.may_have, routed)) or any(map(rule.has, aliases))
-            ):
-                found.append(opened)
-            routed = left
-            if not routed:
-                break
-        return found
 
     def _refuses_cost(self, rule: Rule, error: Exception) -> bool:
         """A cost function raised, or returned a value that cannot be a cost. Is the request

@@ -54,6 +54,13 @@ def _address(text: str) -> _Address | None:
 
 
 @functools.lru_cache(4096)
+def _key_of(text: str, prefix: int) -> str:
+    """The key of a connection's peer; its own text, where that is no address."""
+    found = _read(text)
+    return text if found is None else _grouped(found, prefix)
+
+
+@functools.lru_cache(4096)
 def _grouped(address: _Address, prefix: int) -> str:
     """The key of an address."""
     if isinstance(address, ipaddress.IPv4Address):
@@ -101,8 +108,8 @@ def _connected(request: Request, bits: int) -> str:
             "another key function"
         )
         return NOBODY
-    found = _address(request.client)
-    return request.client if found is None else _grouped(found, bits)
+    client = request.client
+    return _key_of(client, bits) if len(client) <= _LONGEST else client
 
 
 def forwarded_for(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
+from typing import AnyStr, TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm._shared.native import Decision, has_ours
 from fast_litellm_shm.integrations.web import responses
 from fast_litellm_shm.integrations.web.rules import Rule
 from fast_litellm_shm.limiters.grantors import Held
 from fast_litellm_shm.limits import InFlight
 
 MARK = "fast_litellm_shm.rate_limit"  # in the ASGI scope or the WSGI environ: the Outcome
+
+
+Left: TypeAlias = tuple[int, float] | tuple[None, None]  # how much, and seconds until all is
 
 
 class Outcome:
@@ -24,49 +29,52 @@ class Outcome:
     as many wait as may: seconds until it would have been served; None: not known.
     """
 
-    __slots__ = (
-        "_error_status",
-        "_index",
-        "_left",
-        "_others",
-        "_permit",
-        "_policies",
-        "_policy",
-        "decision",
-        "denied",
-        "expected",
-        "key",
-        "refused",
-        "rule",
-    )
+    __slots__ = ("__dict__", "_left", "_permit", "_policies", "decision", "denied", "key", "rule")
+
+    expected: float | None = None
+    _others: tuple[Outcome, ...] = ()  # of more rules, where the path has several readings
+    _error_status = 503
 
     def __init__(
         self,
         rule: Rule,
         key: str | bytes,
         admission: Held | None,
-        policies: tuple[str, ...],
-        policy: str,
+        policies: responses.Policies,
         denied: bool,
-        left: tuple[int, float] = (0, 0.0),
-        error_status: int = 503,
+        left: Left = (None, None),
     ) -> None:
-        self.rule, self.key, self.denied, self._error_status = rule, key, denied, error_status
-        self.refused = denied and not rule.dry_run
+        """left: of the limit that the decision names; (None, None): what the decision has."""
+        self.rule, self.key, self.denied = rule, key, denied
         self.decision: Decision | None = None if admission is None else admission.decision
-        self._policies, self._policy, self._left = policies, policy, left
+        self._policies, self._left = policies, left
         self._permit = admission if admission else None
-        self.expected: float | None = None
-        self._others: tuple[Outcome, ...] = ()  # of more rules, where the path has several readings
-        self._index = len(policies)  # of the limit that the decision names; len(policies): none
-        if self.decision is not None:
-            last = isinstance(self.decision.limit, InFlight)  # with a cluster, it is the first
-            self._index = len(policies) - 1 if last else self.decision.limit_index
+
+    @classmethod
+    def unchecked(
+        cls, rule: Rule, key: str | bytes, policies: responses.Policies, denied: bool, status: int
+    ) -> Outcome:
+        """Where the limits could not be checked. status: of a refusal."""
+        outcome = cls(rule, key, None, policies, denied)
+        outcome._error_status = status
+        return outcome
+
+    @property
+    def refused(self) -> bool:
+        return self.denied and not self.rule.dry_run
+
+    def _place(self, decision: Decision) -> int:
+        """Of the limit that the decision names, among the rule's; their number: none."""
+        if isinstance(decision.limit, InFlight):  # with a cluster, it is the first
+            return len(self._policies.names) - 1
+        return decision.limit_index
 
     @property
     def holds(self) -> bool:
         """Is a permit held, until release()?"""
-        return self._permit is not None or any(each.holds for each in self._others)
+        if self._others:
+            return self._permit is not None or any(each.holds for each in self._others)
+        return self._permit is not None
 
     def release(self) -> None:
         """Release the permits: the response has been sent, or will not be. A second call does
@@ -84,8 +92,8 @@ class Outcome:
         """The name of the limit that denied the request."""
         if self.decision is None or not self.denied:
             return None
-        known = self._index < len(self._policies)
-        return self._policies[self._index] if known else self.rule.public_name
+        names, place = self._policies.names, self._place(self.decision)
+        return names[place] if place < len(names) else self.rule.public_name
 
     @property
     def status(self) -> int:
@@ -98,28 +106,62 @@ class Outcome:
 
     def headers(self) -> responses.Headers:
         """The headers for the response, whether the application or the middleware made it."""
+        return self._headers(self._policies.text, responses.as_text)
+
+    def _headers(
+        self,
+        rendered: responses.Rendered[AnyStr],
+        made: Callable[[str, str], tuple[AnyStr, AnyStr]],
+    ) -> list[tuple[AnyStr, AnyStr]]:
+        decision, denied = self.decision, self.denied
         if self.rule.dry_run:
-            return [("X-RateLimit-Dry-Run", "denied")] if self.denied else []
-        retry = self.retry_after if self.denied else None
-        retry_fields = [] if retry is None else [("Retry-After", str(retry))]
-        if self.decision is None:
-            return retry_fields
-        found = [("RateLimit-Policy", self._policy)]
-        permits_alone = self.decision.limit is None or (
-            isinstance(self.decision.limit, InFlight) and not self.denied
-        )
-        if not permits_alone and self._index < len(self._policies):
-            found += responses.rate_limit(self._policies[self._index], self.decision, *self._left)
-        return found + retry_fields
+            return [made("X-RateLimit-Dry-Run", "denied")] if denied else []
+        found = []
+        if decision is not None:
+            policy, fields = rendered
+            found.append(policy)
+            limit, place = decision.limit, decision.limit_index
+            if limit is None:
+                place = len(fields)
+            elif isinstance(limit, InFlight):
+                place = self._place(decision) if denied else len(fields)
+            if place < len(fields):
+                policies = self._policies
+                field = (
+                    fields[place]
+                    if policies.found[place] is limit
+                    else responses.fields_of(policies.names[place], limit, made)  # as it was then
+                )
+                left, until_all = self._left
+                field.add(found, decision, left, until_all, time.time())
+        if denied and (retry := self.retry_after) is not None:
+            found.append(made("Retry-After", str(retry)))
+        return found
 
     def headers_beside(self, present: Iterable[str]) -> responses.Headers:
         """The headers to add to a response that has those in ``present``. Headers that are present
         stay as they are. Only lists get more elements: an inner middleware may have begun them."""
-        names = {name.lower() for name in present}
+        names, found = {name.lower() for name in present}, self.headers()
         return [
-            (name, value)
-            for name, value in self.headers()
-            if name.lower() in responses.LISTS or name.lower() not in names
+            field
+            for field in found
+            if field[0].lower() in responses.LISTS or field[0].lower() not in names
+        ]
+
+    def pairs_beside(self, present: responses.Headers) -> responses.Headers:
+        """The same, of pairs of name and value."""
+        if has_ours(present, responses.SINGLE):
+            return self.headers_beside(name for name, _ in present)
+        return self.headers()
+
+    def raw_headers_beside(self, present: responses.RawHeaders) -> responses.RawHeaders:
+        """The same, as ASGI has headers."""
+        found = self._headers(self._policies.raw, responses.as_bytes)
+        if not has_ours(present, responses.RAW_SINGLE):
+            return found
+        names = {name.lower() for name, _ in present}
+        return [
+            field for field in found if field[0] in responses.RAW_LISTS or field[0] not in names
         ]
 
     @property

@@ -26,6 +26,7 @@ class PathPattern:
         if not pattern.startswith(("/", "*")):
             raise ValueError(f"Rule: path must begin with '/', not {pattern!r}")
         prefix, *parts = _WILDCARD.split(pattern)
+        self.beginning = prefix  # of each path that it matches
         if set("{}<>") & set("".join([prefix, *parts[1::2]])):
             raise ValueError(
                 f"Rule: path {pattern!r} has braces that are no {{name}}; write {{name}} for one "

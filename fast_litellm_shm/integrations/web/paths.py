@@ -47,6 +47,9 @@ def read(path: str, mount: str = "", within: str | None = None, raw: str = "") -
 
 def _read(path: str, mount: str, within: str | None, raw: str) -> Readings:
     mount = mount.rstrip("/")
+    if not mount and not raw and within in (None, path) and not _ODD.search(path):
+        other = _toggled(path)  # as below, for the usual path
+        return Readings(path, (path,), (other,) if other != path else ())
     own = [path] if within is None else [within]
     if within is None and mount:
         own = _below(path, mount)

@@ -18,6 +18,9 @@ def verb(said: str) -> str:
     return found.lower() if found == _SOCKET else found
 
 
+_VERBS = {each: each for each in ("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS")}
+
+
 class Request:
     """method: in capitals; of a websocket ``WEBSOCKET``. path: in its canonical form, below the
     mount point: ``/login``, however the client wrote it. mount: where the application is mounted
@@ -62,17 +65,18 @@ class AsgiRequest(Request):
     __slots__ = ("_headers",)
 
     def __init__(self, scope: Mapping[str, Any], raw: Any = None, root_path: str = "") -> None:
-        client, mount = scope.get("client"), root_path or scope.get("root_path") or ""
-        kept = scope.get("raw_path") or b""
+        client, kept = scope.get("client"), scope.get("raw_path") or b""
         kept = kept.decode("latin-1").partition("?")[0] if b"%2" in kept else ""
-        super().__init__(
-            verb(scope["method"]) if "method" in scope else _SOCKET,
-            "",
-            (client[0] or None) if client else None,
-            scope if raw is None else raw,
-            mount=mount,
-            readings=read(scope["path"], mount, None, kept if "%2f" in kept.lower() else ""),
+        # What super().__init__() does, without the call.
+        said = scope.get("method")
+        self.method = _SOCKET if said is None else _VERBS.get(said) or verb(said)
+        self.client = (client[0] or None) if client else None
+        self.raw = scope if raw is None else raw
+        self.mount = mount = root_path or scope.get("root_path") or ""
+        self.readings = found = read(
+            scope["path"], mount, None, kept if "%2f" in kept.lower() else ""
         )
+        self.path = found.path
         self._headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
 
     def _lines(self, name: str) -> list[bytes]:
@@ -87,26 +91,27 @@ class AsgiRequest(Request):
         return len(self._lines(name)) > 1
 
 
+def _decoded(found: str) -> str:
+    """Of an environ: UTF-8, as Latin-1 has it (PEP 3333)."""
+    return found.encode("latin-1", "replace").decode("utf-8", "replace")
+
+
 class WsgiRequest(Request):
     """Of an environ."""
 
     __slots__ = ()
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
-        mount, path = (
-            environ.get(each, "")
-            .encode("latin-1", "replace")
-            .decode("utf-8", "replace")  # PEP 3333
-            for each in ("SCRIPT_NAME", "PATH_INFO")
-        )
-        super().__init__(
-            verb(environ["REQUEST_METHOD"]),
-            "",
-            environ.get("REMOTE_ADDR") or None,
-            environ,
-            mount=mount,
-            readings=read(mount + path, mount, path),
-        )
+        mount, path = environ.get("SCRIPT_NAME") or "", environ.get("PATH_INFO") or ""
+        if not (mount.isascii() and path.isascii()):
+            mount, path = _decoded(mount), _decoded(path)
+        # What super().__init__() does, without the call.
+        said = environ["REQUEST_METHOD"]
+        self.method = _VERBS.get(said) or verb(said)
+        self.client = environ.get("REMOTE_ADDR") or None
+        self.raw, self.mount = environ, mount
+        self.readings = found = read(mount + path, mount, path)
+        self.path = found.path
 
     def header(self, name: str) -> str | None:
         variable = name.upper().replace("-", "_")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http.client import responses
-from typing import Any
+from typing import Any, AnyStr, TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.native import Decision
+from fast_litellm_shm._shared.native import Decision, Fields
 from fast_litellm_shm.limits import InFlight, LimitSpec
 
 PROBLEM_TYPE = "application/problem+json"
@@ -26,10 +26,19 @@ _CONCURRENT = 'qu="concurrent-requests"'  # the unit of a limit of requests in f
 _LARGEST = 999_999_999_999_999  # of an Integer in a structured field
 #: Fields that are lists: an inner middleware may have added its own.
 LISTS = frozenset({"ratelimit", "ratelimit-policy"})
+#: Fields that a response may have already: the application's stay.
+#: All begin with an x or an r, as csrc/python/py_fields.c expects.
+SINGLE = frozenset(
+    (*("x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset"),
+     *("x-ratelimit-dry-run", "retry-after"))
+)  # fmt: skip
+RAW_LISTS, RAW_SINGLE = (frozenset(map(str.encode, names)) for names in (LISTS, SINGLE))
 TRY_LATER = 1013  # closes a websocket: Try Again Later, of RFC 6455's registry
 BUSY_RETRY = 1  # s: when a request in flight ends is not known
 
 Headers = list[tuple[str, str]]
+RawHeaders = list[tuple[bytes, bytes]]
+Rendered: TypeAlias = "tuple[tuple[AnyStr, AnyStr], tuple[Fields[AnyStr], ...]]"
 
 
 def answers_handshake(scope: Mapping[str, Any]) -> bool:
@@ -65,24 +74,54 @@ def seconds(value: float) -> int:
     return max(math.ceil(value), 1)
 
 
+def as_text(name: str, value: str) -> tuple[str, str]:
+    return name, value
+
+
+def as_bytes(name: str, value: str) -> tuple[bytes, bytes]:
+    """As ASGI has them."""
+    return name.lower().encode(), value.encode()
+
+
+def fields_of(
+    name: str, limit: LimitSpec | InFlight, made: Callable[[str, str], tuple[AnyStr, AnyStr]]
+) -> Fields[AnyStr]:
+    """RateLimit and X-RateLimit-* of a limit, rendered but for the numbers of a request. made: of
+    a field: as_text, or as_bytes."""
+    return Fields(
+        *made("RateLimit", f"{_string(name)};r="),
+        made("X-RateLimit-Limit", str(limit.n)),
+        made("X-RateLimit-Remaining", "")[0],
+        made("X-RateLimit-Reset", "")[0],
+        0.0 if isinstance(limit, InFlight) else limits.longest(limit),
+    )
+
+
+class Policies:
+    """What responses say of the limits of a rule, whatever the request is. found: those in force;
+    names: theirs; text and raw: RateLimit-Policy, and the fields of each limit."""
+
+    def __init__(self, rule: str, found: tuple[LimitSpec | InFlight, ...]) -> None:
+        self.found, self.names = found, policy_names(rule, found)
+        self.text, self.raw = self._rendered(as_text), self._rendered(as_bytes)
+
+    def _rendered(self, made: Callable[[str, str], tuple[AnyStr, AnyStr]]) -> Rendered[AnyStr]:
+        each = zip(self.names, self.found, strict=True)
+        return (
+            made("RateLimit-Policy", policy(self.names, self.found)),
+            tuple(fields_of(*pair, made) for pair in each),
+        )
+
+
+NO_POLICIES = Policies("", ())
+
+
 def rate_limit(name: str, decision: Decision, left: int, until_all: float) -> Headers:
     """RateLimit and X-RateLimit-*, of the limit that denied or that has least left. left: how much;
     until_all: seconds until nothing of it is used."""
-    limit: LimitSpec | InFlight = decision.limit
-    left = min(left, _LARGEST)
-    if isinstance(limit, InFlight):
-        return [("RateLimit", f"{_string(name)};r={left}")]
-    if decision.allowed:
-        until = seconds(min(until_all, limits.longest(limit)))
-    else:
-        retry = decision.retry_after
-        until = seconds(limits.longest(limit) if retry is None else retry)
-    return [
-        ("RateLimit", f"{_string(name)};r={left};t={until}"),
-        ("X-RateLimit-Limit", str(limit.n)),
-        ("X-RateLimit-Remaining", str(left)),
-        ("X-RateLimit-Reset", str(math.ceil(time.time()) + until)),
-    ]
+    found: Headers = []
+    fields_of(name, decision.limit, as_text).add(found, decision, left, until_all, time.time())
+    return found
 
 
 def retry_after(decision: Decision) -> int | None:

@@ -25,16 +25,18 @@ PriorityFunction: TypeAlias = Callable[[Request], "int | Awaitable[int]"]
 _Matcher: TypeAlias = Callable[[str], object]
 
 
-def _matchers(path: str | re.Pattern[str] | None) -> tuple[_Matcher, _Matcher]:
-    """The functions that match a path, and the same where a ``{name}`` may be empty."""
+def _matchers(path: str | re.Pattern[str] | None) -> tuple[str, _Matcher, _Matcher]:
+    """How each path begins that matches, the functions that match a path, and the same where a
+    ``{name}`` may be empty."""
     if path is None:
-        return _every, _every
+        return "", _every, _every
     if not isinstance(path, str):
-        return path.fullmatch, path.fullmatch
+        return "", path.fullmatch, path.fullmatch
     pattern = PathPattern(path)
+    matches = pattern.matches
     if not pattern.has_names:
-        return pattern.matches, pattern.matches
-    return pattern.matches, functools.partial(pattern.matches, empty_names=True)
+        return pattern.beginning, matches, matches
+    return pattern.beginning, matches, functools.partial(matches, empty_names=True)
 
 
 def _every(path: str) -> bool:
@@ -123,7 +125,7 @@ class Rule:
             )
         self._check_waiting(wait, tenant, weight, priority, max_waiting, bool(chosen))
         verbs = None if methods is None else frozenset(each.upper() for each in methods)
-        self._matches, self._may_match = _matchers(path)
+        self.beginning, self._matches, self._may_match = _matchers(path)
         if name is None:
             shown = path.pattern if isinstance(path, re.Pattern) else path
             name = " ".join([*sorted(verbs or ()), *([shown] if shown else [])]) or "default"

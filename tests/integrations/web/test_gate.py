@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import time
 from datetime import datetime
 from typing import Any
@@ -12,12 +13,15 @@ from zoneinfo import ZoneInfo
 
 import http_sf
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.damage import damage_limits
 
 from fast_litellm_shm import Limit, RateLimiter, Segment, SlidingWindow, Window
 from fast_litellm_shm.integrations.web import Outcome, Rule
 from fast_litellm_shm.integrations.web.gate import Gate
 from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.integrations.web.routes import Routes
 from fast_litellm_shm.limits import describe
 
 
@@ -47,6 +51,47 @@ def fields(outcome: Outcome) -> dict[str, Any]:
 
 
 # rules ------------------------------------------------------------------------------------------
+
+PATTERNS = (
+    "/",
+    "/a",
+    "/a/{id}",
+    "/a/*",
+    "*b",
+    "/{x}/b",
+    "/a/b",
+    "/ab{x}c",
+    None,
+    re.compile("/a+"),
+)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(PATTERNS), st.booleans(), st.booleans()), max_size=8),
+    st.text("/ab.%2fc\n", max_size=8),
+)
+def test_the_index_of_rules_finds_what_each_rule_says(
+    given_rules: list[tuple[Any, bool, bool]], path: str
+) -> None:
+    rules = [
+        Rule(*([Limit(5)] if limited else []), path=pattern, methods={"GET"} if get else None)
+        for pattern, limited, get in given_rules
+    ]
+    asked_for = request("/" + path)
+    wanted, (_, routed, aliases) = [], asked_for.readings
+    for place, rule in enumerate(rules):
+        if not rule.takes("GET") or not routed:
+            continue
+        left = tuple(each for each in routed if not rule.has(each))
+        if rule.limits and (
+            left != routed
+            or rule.matches(asked_for)
+            and (any(map(rule.may_have, routed)) or any(map(rule.has, aliases)))
+        ):
+            wanted.append(place)
+        routed = left
+    routes = Routes((rule, place if rule.limits else None) for place, rule in enumerate(rules))
+    assert routes.find(asked_for) == routes.find(asked_for) == tuple(wanted)
 
 
 def test_the_first_that_matches_is_asked(segment: Segment) -> None:
