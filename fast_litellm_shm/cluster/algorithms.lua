@@ -768,7 +768,7 @@ local function answered()
   local answer = {admitted, batch, wait, back_off, refused, junk and 1 or 0}
   for i, r in ipairs(rules) do
     local u, left = seen(i)
-    if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end
+    if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = max(0, u.w) end
     if labels[i] ~= r and r.kind == 0 then
       left = min(left, retry(i, 1) * 1000 + room(r, 1))
     elseif labels[i] ~= r and (r.kind == 1 or r.kind == 3) then
