@@ -4,25 +4,32 @@ acquire() of a limit that is not met, over 10 keys, on this host alone and grant
 unix socket; beside it, on the same Redis, a hit through limits, and the pre-call hook of LiteLLM's
 own limiter (parallel_request_limiter_v3) for a key with a limit of requests: both ask at each
 check. All in one process, interleaved, after a second in which batches grow to what is used. Then
-how many checks of a hot key there were for each call of Redis.
+how many checks of a hot key there were for each call of Redis. Then the first check of a key, which
+has to ask Redis, over TCP: one by one, beside hits through limits for new keys; and 200 keys in one
+call of acquire_many().
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from bench import peers
-from bench.result import OURS, Plot, Result, Row, Settings, Values, asked, ratio
+from bench.result import OURS, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
 from bench.timing import Loop, interleaved, loop_of
 from fast_litellm_shm import Limit, RateLimiter
 
 KEYS = [f"10.0.0.{i}" for i in range(10)]
 HERE, GRANTED, REDIS = "this host alone", "granted by Redis", "limits, a call of Redis each"
 LITELLM = "LiteLLM's limiter, a call of Redis each"
+FIRST, FIRST_REDIS = "a new key, granted by Redis on TCP", "a new key, limits on Redis on TCP"
+MANY = "acquire_many of 200 new keys, a key"
+MANY_KEYS, MANY_NS = 200, 15_000.0
 WHO = {HERE: OURS, GRANTED: OURS, REDIS: "limits", LITELLM: "litellm"}
 N, PER = 60_000_000, 60  # of each key: far above what one process asks for
 
@@ -40,9 +47,9 @@ def _checks_per_call(loop: Loop, calls: int, client: Any, seconds: float) -> flo
     return checks / max(_calls(client) - before, 1)
 
 
-def _limits(socket: str) -> Callable[[str], object]:
+def _limits(url: str) -> Callable[[str], object]:
     limits = peers.need("limits")
-    storage = limits.storage.storage_from_string(f"redis+unix://{socket}")
+    storage = limits.storage.storage_from_string(url)
     hit = limits.strategies.FixedWindowRateLimiter(storage).hit
     return partial(hit, limits.RateLimitItemPerMinute(N))
 
@@ -76,6 +83,30 @@ def _litellm(place: peers.Place) -> Callable[[list[str]], Loop]:
     return over
 
 
+def _new_keys(result: Result, place: peers.Place, settings: Settings) -> None:
+    url, numbers = f"redis://127.0.0.1:{place.redis_port()}", itertools.count()
+    new = RateLimiter(Limit(1000, PER), name="new", segment=place.segment(), cluster=url)
+
+    def each(check: Callable[[str], object]) -> Loop:
+        def loop(calls: int) -> None:
+            for _ in range(calls):
+                check(f"10.1.0.{next(numbers)}")
+
+        return loop
+
+    def many(calls: int) -> None:
+        for _ in range(calls):
+            new.acquire_many([f"10.1.0.{next(numbers)}" for _ in range(MANY_KEYS)])
+
+    loops: dict[str, Loop] = {FIRST: each(new.acquire), MANY: many}
+    with contextlib.suppress(peers.MissingError):  # which is told above
+        loops[FIRST_REDIS] = each(_limits(url))
+    for name, found in interleaved(loops, settings).items():
+        who, keys = "limits" if name == FIRST_REDIS else OURS, MANY_KEYS if name == MANY else 1
+        each_key = Values(value / keys for value in found.values)
+        result.rows.append(Row(name, "ns", each_key, who, "new key"))
+
+
 def run(settings: Settings) -> Result:
     """Measure."""
     result = asked(__doc__)
@@ -95,7 +126,7 @@ def run(settings: Settings) -> Result:
             GRANTED: partial(loop_of, granted.acquire),
         }
         try:
-            over[REDIS] = partial(loop_of, _limits(socket))
+            over[REDIS] = partial(loop_of, _limits(f"redis+unix://{socket}"))
         except peers.MissingError as error:
             result.missing["limits"] = str(error)
         try:
@@ -115,11 +146,16 @@ def run(settings: Settings) -> Result:
                 rates = [_checks_per_call(hot, calls, client, seconds) for _ in range(times)]
                 told = f"{name.split(',')[0]}: checks for each call of Redis"
                 result.rows.append(Row(told, "", Values(rates), WHO[name], "calls"))
+        _new_keys(result, place, settings)
         result.ratios.append(ratio(result.rows, HERE, GRANTED, 0.5))
         if REDIS in loops:
             result.ratios.append(ratio(result.rows, REDIS, GRANTED, 100.0))
         if LITELLM in loops:
             result.ratios.append(ratio(result.rows, LITELLM, GRANTED, 100.0))
+        if REDIS in loops:
+            result.ratios.append(ratio(result.rows, FIRST, FIRST_REDIS, 0.8, at_least=False))
+        many = next(row.found for row in result.rows if row.name == MANY)
+        result.ratios.append(Ratio(MANY, many, MANY_NS, at_least=False, unit="ns"))
     result.plots.append(
         Plot("cluster_cost", "bars", "A check over many hosts", ("check",), "nanoseconds a check")
     )

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import shutil
+import socketserver
 import struct
 import subprocess
 import sys
@@ -34,6 +35,11 @@ HUGE = 10**9  # a limit that nobody meets
 HOT = "default"  # the only key whose rate fast-litellm honours, so the hot key is that one for all
 
 
+def _free_port() -> int:
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as found:
+        return int(found.server_address[1])
+
+
 class MissingError(Exception):
     """Why a contender cannot be measured here."""
 
@@ -48,6 +54,7 @@ class Place:
         self.segment_name = f"bench-{os.getpid()}"
         self._capacity = capacity
         self._redis: dict[str, subprocess.Popen[bytes]] = {}
+        self._port = 0
         self._disk: str | None = None
         self._closers: list[Callable[[], Any]] = []
         self._made = 0
@@ -81,6 +88,9 @@ class Place:
             if binary is None:
                 raise MissingError("there is no redis-server here: apt-get install redis-server")
             arguments = {"port": "0", "unixsocket": socket, "save": "", "appendonly": "no"}
+            if not appendfsync:
+                self._port = _free_port()
+                arguments |= {"port": str(self._port), "bind": "127.0.0.1"}
             folder = self.folder
             if appendfsync:
                 folder = os.path.join(self.disk(), f"redis-{appendfsync}")
@@ -98,6 +108,11 @@ class Place:
                     raise MissingError("redis-server did not start")
                 time.sleep(0.01)
         return socket
+
+    def redis_port(self) -> int:
+        """The same server over TCP, as from another host."""
+        self.redis()
+        return self._port
 
     def at_close(self, closer: Callable[[], Any]) -> None:
         """Call it when the place closes."""

@@ -551,6 +551,34 @@ int fshm_permit_held(const fshm_limiter *limiter, const fshm_permit *permit);
  * taking or releasing at this instant may count or not. */
 uint32_t fshm_in_flight(fshm_limiter *limiter, const void *key, uint64_t key_length);
 
+/* Questions for a server that grants tokens: what the host tells with one, and what it takes over from the answer, as
+ * fast_litellm_shm/cluster/algorithms.lua says. Of limits that are neither FSHM_SLIDING nor FSHM_CALENDAR. */
+typedef struct {
+  fshm_limiter *limits, *leases, *refused;
+  fshm_limiter
+      *asking; /* of one permit for each key: its holder asks the server, and no other process */
+  uint32_t count; /* limits */
+  uint32_t buckets; /* bit i: the i-th is a FSHM_BUCKET */
+  uint64_t most[4]; /* n, or burst */
+} fshm_asked;
+typedef struct {
+  fshm_permit permit; /* to ask */
+  uint64_t sent_ns; /* segment time */
+  double numbers[24]; /* six a limit */
+} fshm_question;
+/* FSHM_ALLOWED: the permit is held, and the question is to be asked. What was leased is taken out, to be given back with
+ * it. ahead: for a batch, and what is leased stays. Else nothing is to be asked: another process asks, or (ahead) the
+ * lease has these tokens, or the server has refused some of late. FSHM_FULL and other errors: no permit is to be had. */
+int fshm_question_begin(const fshm_asked *asked, const void *key, uint64_t key_length,
+                        const uint64_t *costs, int ahead, fshm_question *question);
+/* Take over the answer: six numbers, and six a limit. out NULL: to a question ahead. Else the decision; a refusal is
+ * neither counted nor remembered. The permit stays held. FSHM_OK, or an error: a batch is lost. */
+int fshm_question_end(const fshm_asked *asked, const void *key, uint64_t key_length,
+                      const uint64_t *costs, const fshm_question *question, const double *answer,
+                      fshm_decision *out);
+/* Release the permit, if it is held. */
+void fshm_question_drop(fshm_limiter *asking, fshm_question *question);
+
 /* Waiting for a key ------------------------------------------------------------------------ */
 /* Callers that wait for a permit, or for tokens, stand in one queue for each key, over all processes. The queue says
  * which of them may try; what it tries is any call of the limiter. A place is of one caller (a thread), or of several

@@ -30,6 +30,7 @@
 #include "limits/moving_window.c"
 #include "limits/stored.c"
 #include "leasing/token_lease.c"
+#include "leasing/question.c"
 #include "leasing/permit_lease.c"
 #include "permits/adaptive.c"
 #include "stats/token_memo.c"

@@ -1,12 +1,17 @@
--- algorithms.lua - the rate-limit algorithms of one key, for all hosts. The arithmetic: csrc/limits/algorithms.h.
+-- algorithms.lua - the rate-limit algorithms, for all hosts: of one key, or of many with the same limits. The
+-- arithmetic: csrc/limits/algorithms.h.
 --
--- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as anything in it counts.
--- ARGV, after those of values.lua: operation, how many limits; then thirteen numbers for each limit:
---   kind, n, per (us), burst, num, den (ns), lease (us), cost, kept, given, and what the host knows: used,
---   previous (of a sliding window, which has only the present one in `used`), left (us or ns ahead)
+-- KEYS: the state of each key, packed by cmsgpack. It lives as long as anything in it counts. Each key is decided by
+-- itself; many in one call only save what a call costs.
+-- ARGV, after those of values.lua: the limits, and the questions, one for each key. Both packed (struct), numbers as
+-- little-endian doubles:
+--   of each limit seven: kind, n, per (us), burst, num, den (ns), lease (us)
 --   A window of the calendar (kind 3) has three instants (us since 1970) in place of burst, num and den: when windows
 --   end, one after the other, the first no earlier than an hour ago. The server's clock says which one is the present.
--- Operations:
+--   of each question a byte, the operation; the key's name, after its length in four bytes; and for each limit six:
+--   cost, kept, given, and what the host knows: used, previous (of a sliding window, which has only the present one
+--   in `used`), left (us or ns ahead)
+-- Operations, by number from 1 on:
 --   take    give back `given`, then charge the cost if it fits every limit, and a batch of as much more for
 --           the host's token lease, which is empty until then
 --   single  the same without a batch, for a caller that asks for itself alone
@@ -17,7 +22,7 @@
 --   refund  give the cost back; of a window that has `left` us left for the host: of no later one
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
--- Answer: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
+-- Answer: of each question, one after the other, packed likewise: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
 --   us of back-off (also where it was admitted), the limit that refused, whether the value was not ours (1, 0); then
 --   six numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
 --   and of a sliding window its two counts: this window's, the previous one's.
@@ -35,7 +40,7 @@
 --          r: when it was asked to give back; o: whether it may hold tokens; k: the key as it calls it, if sealed.
 --
 -- A value that is no such state (values.lua) was written by a broken or hostile host. What it was is not known. So all
--- limits of the call count as used up, as of now: that host could have done the same by charging, and no host gains by
+-- limits of the key count as used up, as of now: that host could have done the same by charging, and no host gains by
 -- it. `reset` ends it.
 --
 -- Limits that change: a state stays under its label until the present limit leaves room for it, or would have it
@@ -44,7 +49,6 @@
 -- tokens over.
 -- Numbers are doubles: every integer below is less than 2^53. (cluster/algorithms.py refuses larger limits.)
 
-local FIELDS, HEAD = 13, 7
 local PACE = 250000 -- us that a batch should last: several times what a thread may wait for its interpreter
 local BACK_OFF = 60000 -- us after a refusal before the host asks again, at least
 local VERIFY = 1000000 -- and at most
@@ -58,17 +62,97 @@ local LONGEST = 34560000000000 -- us, 400 days: no window of the calendar is lon
 local PLACES = 12 -- limits that a key's state has at most, with those that were taken away
 
 local floor, ceil, min, max = math.floor, math.ceil, math.min, math.max
-local op, count = ARGV[6], tonumber(ARGV[7])
+local limits, questions = ARGV[5], ARGV[6]
+local count = #limits / 56
+local number, at = 1, 1 -- of the present question, and the byte after what is read of them
+local operation, name
+local answers = {}
 
-local rules = {}
-for i = 1, count do
-  local at, r = HEAD + (i - 1) * FIELDS, {}
-  for k, field in ipairs({'kind', 'n', 'per', 'burst', 'num', 'den', 'lease', 'cost', 'kept', 'given',
-                          'used', 'previous', 'left'}) do
-    r[field] = tonumber(ARGV[at + k])
+-- new keys ------------------------------------------------------------------------------------------
+
+-- Most questions are the first about a key. What it is granted follows from the limits and the costs. So it is found
+-- here, without what the rest of the script needs, most of which is the time to define its functions. It comes to the
+-- same: tests/cluster/test_new_keys.py holds the two against each other. The state is written as cmsgpack reads it, of
+-- limits without a rest in their arithmetic: windows, and buckets with den 1, where all are multiples of a token.
+
+-- Of the numbers of a question: the state, its life (ms), and the answer. nil: not so simple.
+local function granted(once, numbers)
+  local batch = 4
+  for i = 0, count - 1 do
+    local kind, n, _, burst, num, den = struct.unpack('<dddddd', limits, 56 * i + 1)
+    local cost, kept, _, _, _, left = struct.unpack('<dddddd', numbers, 48 * i + 1)
+    if kind == 0 then n = burst end
+    if kind == 3 or kind == 0 and (den ~= 1 or burst * num >= BIG) or cost <= 0 or kept ~= 0 or left ~= 0 then
+      return nil
+    end
+    batch = min(batch, floor((n - once * cost) / 2 / cost), floor(MOST / cost))
   end
-  rules[i] = r
+  if batch < 1 then return nil end
+  local states, places, paces, buckets, life = '', '', '', 0, ACTIVE
+  local answer = struct.pack('<dddddd', 1, batch, 0, 0, 0, 0)
+  for i = 0, count - 1 do
+    local kind, n, per, burst, num, _, lease = struct.unpack('<ddddddd', limits, 56 * i + 1)
+    local tokens = (once + batch) * struct.unpack('<d', numbers, 48 * i + 1)
+    if kind == 0 then
+      local ahead = tokens * num
+      states = states .. struct.pack('>c7BdBdBdBdBdc2Bdc14B', '\136\161k\000\161r\149', 203, n, 203, per, 203, burst,
+        203, num, 203, 1, '\161a', 203, ahead, '\161w\000\161c\000\161p\000\161s\000\161o', i + 1)
+      places, paces = places .. struct.pack('>Bd', 203, -1 - ahead), paces .. struct.pack('>BBd', i + 1, 203, num)
+      buckets, life = buckets + 1, max(life, lease, ceil(ahead / 1000))
+      answer = answer .. struct.pack('<dddddd', tokens, ahead, lease, 0, 0, 0)
+    else
+      states = states .. struct.pack('>c3Bc3BdBdc2Bdc2Bdc11B', '\136\161k', kind, '\161r\146', 203, n, 203, per,
+        '\161w', 203, per, '\161c', 203, tokens, '\161a\000\161p\000\161s\001\161o', i + 1)
+      places, life = places .. '\001', max(life, kind * per)
+      answer = answer .. struct.pack('<dddddd', tokens, per, per, 0, kind == 2 and tokens or 0, 0)
+    end
+  end
+  local fields, more = 133, ''
+  if buckets > 0 then fields, more = fields + 1, '\161i' .. string.char(128 + buckets) .. paces end
+  if sealed then fields, more = fields + 1, more .. '\161k' .. cmsgpack.pack(name) end
+  local state = struct.pack('>c3Bdc2B', '\131\161t', 203, now, '\161l', 144 + count) .. states .. '\161h\129'
+    .. cmsgpack.pack(host) .. struct.pack('>Bc2Bdc2Bdc2Bc5B', fields, '\161t', 203, now, '\161g', 203, now, '\161b',
+      batch, '\161o\001\161p', 144 + count) .. places .. more
+  return {state, string.format('%.0f', ceil(min(life, BIG / 2) / 1000) + 1000), answer}
 end
+
+-- Reads the present question, but for its numbers. Returns whether it was answered.
+local known_grants = {{}, false, {}} -- of take and ahead, by the numbers of the question
+local function answer_new(key)
+  operation, name, at = struct.unpack('<BI4c0', questions, at)
+  local known = known_grants[operation]
+  if not known then return false end
+  local numbers = string.sub(questions, at, at + 48 * count - 1)
+  local grant = known[numbers]
+  if grant == nil then
+    grant = granted(operation == 1 and 1 or 0, numbers) or false
+    if not sealed then known[numbers] = grant end -- else the state has the key's name
+  end
+  if not grant or not redis.call('SET', key, grant[1], 'PX', grant[2], 'NX') then return false end
+  at = at + #numbers
+  answers[number] = grant[3]
+  return true
+end
+while number <= #KEYS and answer_new(KEYS[number]) do number = number + 1 end
+if number > #KEYS then return table.concat(answers) end
+
+-- all keys ------------------------------------------------------------------------------------------
+
+local OPERATIONS = {'take', 'single', 'ahead', 'look', 'give', 'charge', 'fill', 'refund', 'block', 'reset'}
+local PACKED = '<' .. string.rep('d', 6 + 6 * count)
+local rules = {} -- and, of the present question, what it says of each
+for i = 1, count do
+  local kind, n, per, burst, num, den, lease = struct.unpack('<ddddddd', limits, 56 * i - 55)
+  rules[i] = {kind = kind, n = n, per = per, burst = burst, num = num, den = den, lease = lease}
+end
+
+-- Of the present question. state: of its key; me: of the host in it. Of each limit, place: where its state is in
+-- state.l; states, labels: that state, and the label of it. known: labels of all in state.l; taken: whether one belongs
+-- to a limit. back: us that the server's clock went back.
+local state, junk, back
+local known, place, taken, states, labels
+local op, me, hosts
+local admitted, batch, wait, back_off, refused, redated
 
 -- arithmetic ----------------------------------------------------------------------------------------
 
@@ -95,6 +179,7 @@ local function is_label(r, m)
   return r.kind == m.k and r.n == l[1] and r.per == l[2]
          and (r.kind ~= 0 or r.burst == l[3] and r.num == l[4] and r.den == l[5])
 end
+
 local function fresh(r, s)
   return {k = r.kind, r = numbers(r), a = 0, w = 0, c = 0, p = 0, s = s, e = r.kind == 3 and 0 or nil}
 end
@@ -265,7 +350,7 @@ local function is_limit(m)
          and within(m.s, -BIG, BIG) and (not m.o or within(m.o, 1, PLACES)) and (not m.f or within(m.f, 0, 3))
          and (not m.q or within(m.q, 1, BIG)) and within(m.g or 0, 0, BIG) and within(m.h or 0, 0, BIG)
 end
-local state = state_at(KEYS[1], function(found)
+local function is_state(found)
   if not within(found.t, 0, BIG) or #found.l > PLACES + 4 then return false end
   local limits = 0
   for _ in pairs(found.l) do limits = limits + 1 end
@@ -277,40 +362,49 @@ local state = state_at(KEYS[1], function(found)
     if type(id) ~= 'string' or not is_host(h) then return false end
   end
   return true
-end)
-local junk = state == false
-if not state then state = {t = now, l = {}, h = {}} end
-if junk then
-  state.x = 1
-  for i, r in ipairs(rules) do
-    local m = fresh(r, 0)
-    m.o = i
-    begin(r, m)
-    if r.kind == 0 then m.a, m.w = min(increment(r, r.burst), BIG), 0 else m.c = r.n end
-    state.l[i] = m
-  end
 end
-local span = max(0, now - state.t)
-local back = max(0, state.t - now) -- the clock went back by this much: so do instants
-state.t = now
-local known = {} -- labels
-for j, m in ipairs(state.l) do
-  local r = rules[j]
-  known[j] = r and is_label(r, m) and r or labelled(m)
-  advance(known[j], m, span)
+
+-- Returns whether there was a state of ours.
+local function load(key)
+  known, place, taken, states, labels = {}, {}, {}, {}, {}
+  state = state_at(key, is_state)
+  junk = state == false
+  if not state then
+    state, back, hosts = {t = now, l = {}, h = {}}, 0, 1
+    if junk then state.x = 1 end
+    for i, r in ipairs(rules) do
+      local m = fresh(r, 0)
+      if junk then
+        m.o = i
+        begin(r, m)
+        if r.kind == 0 then m.a, m.w = min(increment(r, r.burst), BIG), 0 else m.c = r.n end
+      end
+      state.l[i], states[i], known[i], labels[i], place[i], taken[i] = m, m, r, r, i, true
+    end
+    return false
+  end
+  local span = max(0, now - state.t)
+  back = max(0, state.t - now) -- the clock went back by this much: so do instants
+  state.t = now
+  for j, m in ipairs(state.l) do
+    local r = rules[j]
+    known[j] = r and is_label(r, m) and r or labelled(m)
+    advance(known[j], m, span)
+  end
+  return true
 end
 
 -- Which state belongs to which limit: one of its kind and period, else the next of those that were in force, else
 -- (it is a new limit) an empty one. One that was in force has a limit that goes on from it, as long as there
 -- are enough: a limit of its kind and period that was there before does not go ahead of it.
-local place, taken = {}, {}
 local function alike(r, m) return (m.f or m.k) == r.kind and (m.q or m.r[2]) == r.per end
-local as_before = #state.l == count
-for i, r in ipairs(rules) do
-  as_before = as_before and state.l[i].o == i and alike(r, state.l[i])
-  place[i], taken[i] = i, true
-end
-if not as_before then
+local function find_places()
+  local as_before = #state.l == count
+  for i, r in ipairs(rules) do
+    as_before = as_before and state.l[i].o == i and alike(r, state.l[i])
+    place[i], taken[i] = i, true
+  end
+  if as_before then return end
   place, taken = {}, {}
   local order = {}
   for j in ipairs(state.l) do order[j] = j end
@@ -344,24 +438,23 @@ if not as_before then
   end
 end
 
--- Of each limit, its state and the label of that.
-local states, labels = {}, {}
--- Its state under the present limit.
+-- The state of a limit under the present limit.
 local function seen(i)
   return labels[i] == rules[i] and states[i] or under(rules[i], labels[i], states[i])
 end
 local function adopt(i, u)
   states[i], labels[i], state.l[place[i]] = u, rules[i], u
 end
-for i, r in ipairs(rules) do
-  local m = state.l[place[i]]
-  local label = known[place[i]]
-  states[i], labels[i] = m, label
-  if is_label(r, m) then
-    labels[i] = r
-  else
-    local u = under(r, label, m)
-    if over(r, u) <= over(label, m) then adopt(i, u) end
+local function find_labels()
+  for i, r in ipairs(rules) do
+    local m, label = state.l[place[i]], known[place[i]]
+    states[i], labels[i] = m, label
+    if label == r or is_label(r, m) then
+      labels[i] = r
+    else
+      local u = under(r, label, m)
+      if over(r, u) <= over(label, m) then adopt(i, u) end
+    end
   end
 end
 -- Where something is charged or given back, it is under the present limit if that has room for what there is.
@@ -380,51 +473,54 @@ local function retry(i, cost)
   return min(wait, until_room(labels[i], states[i], cost, most(r)))
 end
 
-local hosts, others, idle = 0, 0, {}
-for id, h in pairs(state.h) do
-  h.t, h.g, h.r = min(h.t - back, now), min(h.g - back, now), h.r and min(h.r - back, now)
-  others = others + 1
-  if id ~= host and h.t > now - ACTIVE then hosts = hosts + 1 end
-  if id ~= host and h.t < now - FORGET then idle[#idle + 1] = id end
+-- Hosts that want a share, this one included. One that is idle may be forgotten.
+local function count_hosts()
+  local others, idle = 0, {}
+  hosts = 1
+  for id, h in pairs(state.h) do
+    h.t, h.g, h.r = min(h.t - back, now), min(h.g - back, now), h.r and min(h.r - back, now)
+    others = others + 1
+    if id ~= host and h.t > now - ACTIVE then hosts = hosts + 1 end
+    if id ~= host and h.t < now - FORGET then idle[#idle + 1] = id end
+  end
+  if others > 64 then
+    for _, id in ipairs(idle) do state.h[id] = nil end
+  end
 end
-if others > 64 then
-  for _, id in ipairs(idle) do state.h[id] = nil end
-end
-hosts = hosts + 1
 
 -- A host that is not in this state, and knows more than is in it: the state was lost (a restart without persistence,
 -- a failover). It is restored from what the hosts knew last. That includes what all processes of a host admitted
 -- during an outage: while each process reports its own part, by `fill`, it would count twice. So `fill` does not add
 -- the host. (It may also be a host that was forgotten: then all that it knows is in the state, or was given back.)
-local me = state.h[host]
-if not me then
+local function find_me()
+  me = state.h[host]
+  if me then return end
   me = {t = now, g = now, b = 0}
   if op ~= 'fill' then state.h[host] = me end
-  if not state.x and op ~= 'fill' then
-    for i, r in ipairs(rules) do
-      local m, label = states[i], labels[i]
-      if label.kind ~= r.kind then
-        -- what it knows is in terms of another kind
-      elseif r.kind == 0 then
-        m.a = max(m.a, label == r and r.left or ceil(r.left * ((label.num * r.den) / (r.num * label.den))))
-        m.a = min(m.a, BIG)
-      elseif r.left > 0 and r.used + r.previous > 0 then
-        local c, p, left = r.used, r.previous, min(r.left, r.per)
-        if m.w <= 0 and m.c == 0 then
-          if r.kind == 3 then begin(r, m) else m.w = left end
-          m.s = m.s + 1
-        elseif r.kind == 2 and left < m.w - r.per / 2 then -- sent before this window began
-          c, p = 0, c
-        elseif r.kind == 2 and left > m.w + r.per / 2 then
-          m.p, m.c, m.w, m.s, m.h, m.g = m.c, 0, left, m.s + 1, m.g, nil
-        end
-        -- what hosts know of a sliding window does not include what they admitted during an outage
-        m.c = max(m.c, c + (m.g or 0))
-        if r.kind == 2 then m.p = max(m.p, p + (m.h or 0)) end
-        if r.kind == 1 and m.c > label.n and m.c == c then -- it was not under this limit that it was used
-          m.r[1] = c
-          labels[i] = labelled(m)
-        end
+  if state.x or op == 'fill' then return end
+  for i, r in ipairs(rules) do
+    local m, label = states[i], labels[i]
+    if label.kind ~= r.kind then
+      -- what it knows is in terms of another kind
+    elseif r.kind == 0 then
+      m.a = max(m.a, label == r and r.left or ceil(r.left * ((label.num * r.den) / (r.num * label.den))))
+      m.a = min(m.a, BIG)
+    elseif r.left > 0 and r.used + r.previous > 0 then
+      local c, p, left = r.used, r.previous, min(r.left, r.per)
+      if m.w <= 0 and m.c == 0 then
+        if r.kind == 3 then begin(r, m) else m.w = left end
+        m.s = m.s + 1
+      elseif r.kind == 2 and left < m.w - r.per / 2 then -- sent before this window began
+        c, p = 0, c
+      elseif r.kind == 2 and left > m.w + r.per / 2 then
+        m.p, m.c, m.w, m.s, m.h, m.g = m.c, 0, left, m.s + 1, m.g, nil
+      end
+      -- what hosts know of a sliding window does not include what they admitted during an outage
+      m.c = max(m.c, c + (m.g or 0))
+      if r.kind == 2 then m.p = max(m.p, p + (m.h or 0)) end
+      if r.kind == 1 and m.c > label.n and m.c == c then -- it was not under this limit that it was used
+        m.r = {c, m.r[2]}
+        labels[i] = labelled(m)
       end
     end
   end
@@ -452,9 +548,6 @@ local function give_back(i, tokens)
 end
 
 -- operations ----------------------------------------------------------------------------------------
-
-local admitted, batch, wait, back_off, refused = 1, 0, 0, 0, 0
-local redated = {}
 
 -- Do all limits have room for `times` of the cost?
 local function fits(n)
@@ -516,10 +609,8 @@ local function size()
   return asks and max(0, n) or 0
 end
 
-if op == 'give' then
-  for i, r in ipairs(rules) do give_back(i, r.given) end
-  me.o = nil
-elseif op == 'take' or op == 'single' or op == 'ahead' then
+-- take, single, ahead
+local function grant()
   local once = op == 'ahead' and 0 or 1
   if op == 'take' then
     for i, r in ipairs(rules) do give_back(i, r.given) end
@@ -589,93 +680,125 @@ elseif op == 'take' or op == 'single' or op == 'ahead' then
     back_off = wait == -1 and VERIFY or hope and BACK_OFF or min(max(wait, BACK_OFF), VERIFY)
     me.b = floor(me.b / 2)
   end
-elseif op == 'look' then
-  admitted = fits(1) and 1 or 0
-  for i, r in ipairs(rules) do
-    local t = admitted == 0 and retry(i, r.cost) or 0
-    if wait ~= -1 and (t == -1 or t > wait) then
-      wait, refused = t, i - 1
+end
+
+local function run()
+  if op == 'give' then
+    for i, r in ipairs(rules) do give_back(i, r.given) end
+    me.o = nil
+  elseif op == 'take' or op == 'single' or op == 'ahead' then
+    grant()
+  elseif op == 'look' then
+    admitted = fits(1) and 1 or 0
+    for i, r in ipairs(rules) do
+      local t = admitted == 0 and retry(i, r.cost) or 0
+      if wait ~= -1 and (t == -1 or t > wait) then
+        wait, refused = t, i - 1
+      end
     end
-  end
-elseif op == 'charge' or op == 'fill' then
-  for i, r in ipairs(rules) do
-    adopt_fitting(i)
-    local cost, m = r.cost, states[i]
-    if op == 'fill' then
-      cost = min(cost, available(r, seen(i)))
-      m.g = labels[i].kind == 2 and (m.g or 0) + cost or nil
+  elseif op == 'charge' or op == 'fill' then
+    for i, r in ipairs(rules) do
+      adopt_fitting(i)
+      local cost, m = r.cost, states[i]
+      if op == 'fill' then
+        cost = min(cost, available(r, seen(i)))
+        m.g = labels[i].kind == 2 and (m.g or 0) + cost or nil
+      end
+      charge(labels[i], m, cost)
     end
-    charge(labels[i], m, cost)
-  end
-elseif op == 'block' then
-  for i, r in ipairs(rules) do
-    give_back(i, r.given)
-    if r.kind == 0 and r.cost > 0 then
-      if labels[i].kind ~= 0 then adopt(i, seen(i)) else adopt_fitting(i) end
-      states[i].a = min(max(states[i].a, r.cost + times(labels[i], r.burst - 1, floor)), BIG)
+  elseif op == 'block' then
+    for i, r in ipairs(rules) do
+      give_back(i, r.given)
+      if r.kind == 0 and r.cost > 0 then
+        if labels[i].kind ~= 0 then adopt(i, seen(i)) else adopt_fitting(i) end
+        states[i].a = min(max(states[i].a, r.cost + times(labels[i], r.burst - 1, floor)), BIG)
+      end
     end
-  end
-  me.o = nil
-elseif op == 'refund' then
-  for i, r in ipairs(rules) do
-    adopt_fitting(i)
-    local label, m = labels[i], states[i]
-    if label.kind == 0 then
-      m.a = max(0, m.a - increment(label, r.cost))
-    elseif label.kind == 1 or label.kind == 3 then
-      -- charged in a window that is over by now: the next one ends at least `per` later
-      if r.left == 0 or m.w - r.left <= label.per / 2 then m.c = m.c - min(m.c, r.cost) end
-      if over(label, m) == 0 then m.w, m.c = 0, 0 end -- without the debt it would be over by now
-    else
-      local rest = r.cost - min(m.c, r.cost)
-      m.c = m.c - (r.cost - rest)
-      m.p = m.p - min(m.p, rest)
+    me.o = nil
+  elseif op == 'refund' then
+    for i, r in ipairs(rules) do
+      adopt_fitting(i)
+      local label, m = labels[i], states[i]
+      if label.kind == 0 then
+        m.a = max(0, m.a - increment(label, r.cost))
+      elseif label.kind == 1 or label.kind == 3 then
+        -- charged in a window that is over by now: the next one ends at least `per` later
+        if r.left == 0 or m.w - r.left <= label.per / 2 then m.c = m.c - min(m.c, r.cost) end
+        if over(label, m) == 0 then m.w, m.c = 0, 0 end -- without the debt it would be over by now
+      else
+        local rest = r.cost - min(m.c, r.cost)
+        m.c = m.c - (r.cost - rest)
+        m.p = m.p - min(m.p, rest)
+      end
     end
+  elseif op == 'reset' then
+    for j, m in ipairs(state.l) do
+      state.l[j] = fresh(known[j], m.s + 1) -- earlier grants are not given back
+    end
+    for i, r in ipairs(rules) do adopt(i, fresh(r, state.l[place[i]].s)) end
+    state.h = {}
+    state.x = 1
   end
-elseif op == 'reset' then
+end
+
+local function save(key)
+  me.t = now
+  for _, m in ipairs(state.l) do
+    m.o, m.a, m.w, m.c, m.p = nil, min(m.a, BIG), min(m.w, BIG), min(m.c, USED), min(m.p, USED)
+  end
+  for i, r in ipairs(rules) do
+    local m, other = states[i], labels[i] ~= r
+    m.o, m.f, m.q = i, other and r.kind or nil, other and r.per or nil
+  end
+
+  -- until nothing of it counts: then the key is as one that was never seen
+  local life = ACTIVE
   for j, m in ipairs(state.l) do
-    state.l[j] = fresh(known[j], m.s + 1) -- earlier grants are not given back
+    if not taken[j] then life = max(life, ceil(over(known[j], m))) end
   end
-  for i, r in ipairs(rules) do adopt(i, fresh(r, state.l[place[i]].s)) end
-  state.h = {}
-  state.x = 1
-end
-me.t = now
-for _, m in ipairs(state.l) do
-  m.o, m.a, m.w, m.c, m.p = nil, min(m.a, BIG), min(m.w, BIG), min(m.c, USED), min(m.p, USED)
-end
-for i, r in ipairs(rules) do
-  local m, other = states[i], labels[i] ~= r
-  m.o, m.f, m.q = i, other and r.kind or nil, other and r.per or nil
+  for i, r in ipairs(rules) do
+    life = max(life, r.lease, ceil(over(labels[i], states[i])))
+    if state.x then life = max(life, 2 * r.per) end -- longer than what any host knows of before
+  end
+  life = min(life, BIG / 2)
+  redis.call('SET', key, cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
 end
 
--- until nothing of it counts: then the key is as one that was never seen
-local life = ACTIVE
-for j, m in ipairs(state.l) do
-  if not taken[j] then life = max(life, ceil(over(known[j], m))) end
-end
-for i, r in ipairs(rules) do
-  life = max(life, r.lease, ceil(over(labels[i], states[i])))
-  if state.x then life = max(life, 2 * r.per) end -- longer than what any host knows of before
-end
-life = min(life, BIG / 2)
-redis.call('SET', KEYS[1], cmsgpack.pack(state), 'PX', ceil(life / 1000) + 1000)
-
-local answer = {admitted, batch, wait, back_off, refused, junk and 1 or 0}
-for i, r in ipairs(rules) do
-  local u, left = seen(i)
-  if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = u.w end
-  if labels[i] ~= r and r.kind == 0 then
-    left = min(left, retry(i, 1) * 1000 + room(r, 1))
-  elseif labels[i] ~= r and (r.kind == 1 or r.kind == 3) then
-    left = min(left, ceil(over(labels[i], states[i])))
+local function answered()
+  local answer = {admitted, batch, wait, back_off, refused, junk and 1 or 0}
+  for i, r in ipairs(rules) do
+    local u, left = seen(i)
+    if r.kind == 0 then left = u.a elseif r.kind == 1 then left = over(r, u) else left = max(0, u.w) end
+    if labels[i] ~= r and r.kind == 0 then
+      left = min(left, retry(i, 1) * 1000 + room(r, 1))
+    elseif labels[i] ~= r and (r.kind == 1 or r.kind == 3) then
+      left = min(left, ceil(over(labels[i], states[i])))
+    end
+    answer[#answer + 1] = r.kind == 0 and r.burst - available(r, u) or used(r, u)
+    answer[#answer + 1] = left
+    answer[#answer + 1] = r.kind == 0 and r.lease or max(0, u.w)
+    answer[#answer + 1] = redated[i] and 1 or 0
+    answer[#answer + 1] = r.kind == 2 and u.c or 0
+    answer[#answer + 1] = r.kind == 2 and u.p or 0
   end
-  answer[#answer + 1] = r.kind == 0 and r.burst - available(r, u) or used(r, u)
-  answer[#answer + 1] = left
-  answer[#answer + 1] = r.kind == 0 and r.lease or max(0, u.w)
-  answer[#answer + 1] = redated[i] and 1 or 0
-  answer[#answer + 1] = r.kind == 2 and u.c or 0
-  answer[#answer + 1] = r.kind == 2 and u.p or 0
+  for i, x in ipairs(answer) do answer[i] = min(BIG, x) end -- in this order NaN is BIG
+  return struct.pack(PACKED, unpack(answer))
 end
-for i, x in ipairs(answer) do answer[i] = min(x, BIG) end
-return answer
+
+repeat
+  for _, r in ipairs(rules) do
+    r.cost, r.kept, r.given, r.used, r.previous, r.left, at = struct.unpack('<dddddd', questions, at)
+  end
+  op, admitted, batch, wait, back_off, refused, redated = OPERATIONS[operation], 1, 0, 0, 0, 0, {}
+  if load(KEYS[number]) then
+    find_places()
+    find_labels()
+    count_hosts()
+  end
+  find_me()
+  run()
+  save(KEYS[number])
+  answers[number] = answered()
+  repeat number = number + 1 until number > #KEYS or not answer_new(KEYS[number])
+until number > #KEYS
+return table.concat(answers)

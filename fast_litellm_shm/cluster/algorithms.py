@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,17 @@ SOURCE = names.source("algorithms.lua")
 
 _MOST_LEASE_US = 1_000_000
 _LARGEST = 2**53 - 1
+# Of algorithms.lua, in its order; each with its number there.
+OPERATIONS = {
+    name: number
+    for number, name in enumerate(
+        ("take", "single", "ahead", "look", "give", "charge", "fill", "refund", "block", "reset"), 1
+    )
+}
+_LIMIT = struct.Struct("<7d")
+_NUMBERS = struct.Struct("<6d")
+_ANSWERS = [struct.Struct(f"<{6 + 6 * count}d") for count in range(lib.FSHM_MAX_LIMITS + 1)]
+_HEAD = struct.Struct("<BI")
 _PART = 100
 CALENDAR = 3  # the kind of a Rule
 COARSE = 2**20  # ns: as in csrc/limits/algorithms.h
@@ -95,6 +107,10 @@ def dated(each: Rule, limit: LimitSpec, minute: int) -> Rule:
     return each._replace(burst=ends[0], num=ends[1], den=ends[2])
 
 
+def packed_limits(rules: Sequence[Rule]) -> bytes:
+    return b"".join([_LIMIT.pack(*each[:7]) for each in rules])
+
+
 class Request(NamedTuple):
     """One call of the script. Each sequence has a number for each limit."""
 
@@ -124,8 +140,31 @@ class Request(NamedTuple):
             return 0
         return max(self.costs) * (found.admitted * (self.operation != "ahead") + found.batch)
 
-    def answer(self, raw: Sequence[int]) -> Answer:
-        admitted, batch, wait, back_off, refused, junk, *rest = (int(each) for each in raw)
+    def limits(self) -> bytes:
+        """As the script takes them; many requests of a call have them in common."""
+        return packed_limits(self.rules)
+
+    def question(self, name: bytes) -> bytes:
+        """As the script takes it. name: the key's, which may be sealed."""
+        head = _HEAD.pack(OPERATIONS[self.operation], len(name))
+        columns = self.costs, self.kept, self.given, self.used, self.previous, self.left
+        numbers = [
+            _NUMBERS.pack(min(cost, 2**52), kept, given, used, previous, min(left, _LARGEST))
+            for _, cost, kept, given, used, previous, left in zip(
+                self.rules, *columns, strict=False
+            )
+        ]
+        return b"".join([head, name, *numbers])
+
+    @property
+    def answer_size(self) -> int:
+        """Bytes of its answer."""
+        return _ANSWERS[len(self.rules)].size
+
+    def answer(self, raw: bytes, at: int = 0) -> Answer:
+        """at: where it begins."""
+        numbers = _ANSWERS[len(self.rules)].unpack_from(raw, at)
+        admitted, batch, wait, back_off, refused, junk, *rest = map(int, numbers)
         known = []
         for i, each in enumerate(self.rules):
             used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
@@ -135,15 +174,6 @@ class Request(NamedTuple):
         return Answer(
             bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk)
         )
-
-    def arguments(self) -> list[str | int]:
-        """After those of values.lua."""
-        out: list[str | int] = [self.operation, len(self.rules)]
-        for i, each in enumerate(self.rules):
-            out += (each.kind, each.n, each.per_us, each.burst, each.num, each.den, each.lease_us)
-            out += (min(self.costs[i], 2**52), self.kept[i], self.given[i])
-            out += (self.used[i], self.previous[i], min(self.left[i], _LARGEST))
-        return out
 
     def state_key(self, prefix: str) -> bytes:
         return self.at or names.state_key(prefix, names.RATES, self.limiter, self.key)

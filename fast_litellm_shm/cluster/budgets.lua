@@ -2,7 +2,7 @@
 -- many hosts".
 --
 -- KEYS[1]: the state, packed by cmsgpack; its name has the end of the window. It lives a day longer than that.
--- ARGV, after those of values.lua: operation; the end of the window (minutes since 1970); the limit of the host that
+-- ARGV, after those of values.lua: the key; operation; the end of the window (minutes since 1970); the limit of the host that
 --   calls; amount; over; warn: from this on, warn once (-1: never); what the host has settled in the window, in two
 --   numbers: dollars, and nano-dollars of another one; and for a server that has lost its state: what the host has of
 --   its lease, what it last knew to be leased to others, and to be added. All other amounts are millionths of a dollar.
@@ -38,7 +38,7 @@ local HOSTS = 256 -- that are known one by one
 local STALE = 10000000 -- us after which no message is on its way any more
 
 local floor, min, max = math.floor, math.min, math.max
-local op, window, limit, amount = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
+local name, op, window, limit, amount = ARGV[5], ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9])
 local over, warn = tonumber(ARGV[10]), tonumber(ARGV[11])
 local dollars, nanos, have = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
 local told, added = tonumber(ARGV[15]), tonumber(ARGV[16])

@@ -9,7 +9,7 @@ from typing import Any
 from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm.cluster import connection, leader
+from fast_litellm_shm.cluster import connection, leader, questions
 from fast_litellm_shm.cluster.budget_lease import BudgetLeases
 from fast_litellm_shm.cluster.permit_lease import PermitLeases
 from fast_litellm_shm.cluster.quota import ClusterQuota, longest_name, permits_name
@@ -38,7 +38,7 @@ def token_leases(limiter: SharedLimits, cluster: Cluster) -> TokenLeases:
 
 def _connection(cluster: Cluster, segment: Segment) -> connection.Connection:
     cluster.check()
-    return connection.of(cluster, segment, leader.lead)
+    return connection.of(cluster, segment, leader.lead, questions.of)
 
 
 class Server(Grantor):

@@ -90,6 +90,8 @@ class Link:
     forgets: ClassVar[bool] = True
     # Whether a settlement may be booked in the token lease: this host alone has leases.
     alone: ClassVar[bool] = False
+    # What asks about keys in a short way, of a limiter (questions.py). None: all need the long one.
+    questions: Callable[..., Any] | None = None
     lead: Callable[[Any], None] | None = None  # what the thread that may lead this host runs
 
     def __init__(self, terms: Terms, segment: Segment) -> None:
@@ -305,12 +307,15 @@ class Link:
 
     def _record(self, requests: Sequence[Question], answers: Sequence[Any], began: int) -> None:
         """Measure a round trip: its sizes are tokens asked for or given back, and granted."""
-        asked = sum(each.asked for each in requests)
+        if len(requests) == 1:
+            asked, operation = requests[0].asked, requests[0].operation
+        else:
+            asked = sum([each.asked for each in requests])
+            kinds = {each.operation for each in requests}
+            operation = kinds.pop() if len(kinds) == 1 else "many"
         granted = sum(
-            request.granted(found) for request, found in zip(requests, answers, strict=False)
+            [request.granted(found) for request, found in zip(requests, answers, strict=False)]
         )
-        kinds = {each.operation for each in requests}
-        operation = kinds.pop() if len(kinds) == 1 else "many"
         took = time.monotonic_ns() - began
         self._measured(self.component, operation, took, bool(answers), asked, granted)
 

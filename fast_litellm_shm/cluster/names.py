@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import re
+from typing import Any
 
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm._shared.segment import Segment
@@ -21,6 +23,7 @@ def source(script: str) -> str:
     return "".join(folder.joinpath(each).read_text("utf-8") for each in ("values.lua", script))
 
 
+@functools.lru_cache(maxsize=4096)
 def start(prefix: str, kind: bytes, limiter: bytes) -> bytes:
     """The prefix of all keys of this limiter, and of no other. In the limiter's name ``:`` and
     braces are written ``%3A``, ``%7B``, ``%7D``, so a name can be split from the right, whatever
@@ -33,11 +36,18 @@ def state_key(prefix: str, kind: bytes, limiter: bytes, key: bytes) -> bytes:
     """In a Redis Cluster, the text in braces decides the slot. It is a hash, so no client chooses
     the slot by how its key is spelled, and the server does not learn the key. The hash includes the
     prefix: clients that do not know it cannot search for keys of one slot."""
-    hashed, secret = b"%d:%b:%b" % (len(limiter), limiter, key), prefix.encode()
+    hashed = hash_of(prefix, limiter).copy()
+    hashed.update(key)
+    return b"%b%b}" % (start(prefix, kind, limiter), hashed.hexdigest().encode())
+
+
+@functools.lru_cache(maxsize=4096)
+def hash_of(prefix: str, limiter: bytes) -> Any:
+    """The hash of its keys, to be copied and gone on with."""
+    secret = prefix.encode()
     if len(secret) > 64:  # more than a key of BLAKE2 may have
         secret = hashlib.blake2b(secret).digest()
-    tag = hashlib.blake2b(hashed, digest_size=_TAG, key=secret).hexdigest()
-    return b"%b%b}" % (start(prefix, kind, limiter), tag.encode())
+    return hashlib.blake2b(b"%d:%b:" % (len(limiter), limiter), digest_size=_TAG, key=secret)
 
 
 class Seal:

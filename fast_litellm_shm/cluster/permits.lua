@@ -2,7 +2,7 @@
 -- Argued in csrc/DESIGN.md, "Permits over many hosts".
 --
 -- KEYS[1]: the state of the key, packed by cmsgpack. It lives as long as a host's lease does.
--- ARGV, after those of values.lua: n; then the version of the host's lease, as two numbers by which two versions are
+-- ARGV, after those of values.lua: the key; n; then the version of the host's lease, as two numbers by which two versions are
 --   ordered (its end; and under the same end a number that only falls); reported (the permits leased to it, or those
 --   that it holds where these are more); want (permits beyond that; 0: to renew or to give back)
 -- Answer: whether the version was the newest (0: nothing was done, look and ask again), the permits leased to the
@@ -24,6 +24,7 @@ local WAITS = 200000 -- us after a refusal for which a host counts as one that w
 local RECALL = 200000 -- us between two calls to give back
 
 local floor, min, max = math.floor, math.min, math.max
+local name = ARGV[5]
 local n, e, l = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 local reported, want = tonumber(ARGV[9]), tonumber(ARGV[10])
 

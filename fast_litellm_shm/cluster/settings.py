@@ -135,6 +135,12 @@ class Cluster:
         """A Redis Cluster: each key is kept by one of several nodes."""
         return self._parsed.kind == urls.NODES
 
+    @property
+    def keeps_connections(self) -> bool:
+        """Whether a process may keep connections to itself: there is one server, and no bound."""
+        parts = self._parsed
+        return parts.kind in (urls.SERVER, urls.SOCKET) and "max_connections" not in parts.options
+
     def check(self) -> None:
         """Raises ImportError: the redis library is missing or too old; ValueError: it cannot use
         the URL. Does not connect."""

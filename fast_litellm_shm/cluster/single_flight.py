@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,23 +36,31 @@ class SingleFlight:
     """A permit for each key, held by the process that asks. It ends with the process."""
 
     def __init__(self, limiter: SharedLimits, timeout: float) -> None:
-        self._states, self._timeout = beside(limiter, SINGLE_FLIGHT, [InFlight(1)]), timeout
+        self.states, self._timeout = beside(limiter, SINGLE_FLIGHT, [InFlight(1)]), timeout
+        self._spare = deque[Any]()  # permits that are not held
 
     def begin(self, raw: bytes) -> Any:
         """A permit, or None: another process asks."""
         return self._try(raw)[1]
 
     def _try(self, raw: bytes) -> tuple[int, Any]:
-        limiter = self._states.handle
+        limiter = self.states.handle
         decision, held = ffi.new("fshm_decision *"), ffi.new("uint32_t *")
-        # Its end gives it back, where an exception strikes before end() can.
-        give_back = functools.partial(lib.fshm_permit_release, limiter)
-        permit = owned(ffi.new("fshm_permit *"), give_back)
+        try:
+            permit = self._spare.pop()
+        except IndexError:
+            # Its end gives it back, where an exception strikes before end() can.
+            give_back = functools.partial(lib.fshm_permit_release, limiter)
+            permit = owned(ffi.new("fshm_permit *"), give_back)
         lib.fshm_admit(limiter, raw, len(raw), ffi.NULL, 0, permit, decision, held)
-        return decision.status, permit if decision.status == lib.FSHM_ALLOWED else None
+        if decision.status == lib.FSHM_ALLOWED:
+            return lib.FSHM_ALLOWED, permit
+        self._spare.append(permit)
+        return decision.status, None
 
     def end(self, permit: Any) -> None:
-        lib.fshm_permit_release(self._states.handle, permit)
+        lib.fshm_permit_release(self.states.handle, permit)
+        self._spare.append(permit)
 
     def _wait(self, raw: bytes, deadline: int) -> Steps[tuple[int, Any]]:
         def attempt() -> Steps[tuple[tuple[int, Any], int | None]]:
@@ -59,7 +68,7 @@ class SingleFlight:
             status, permit = self._try(raw)
             return (status, permit), NEVER if status == lib.FSHM_DENIED else None
 
-        place = BLOCKING.place(self._states, raw)
+        place = BLOCKING.place(self.states, raw)
         refused = (lib.FSHM_DENIED, None)
         return (yield from in_turn(BLOCKING, place, attempt, lambda: refused, deadline))
 

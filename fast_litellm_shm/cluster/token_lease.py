@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared.named_limiter import SharedLimits, key_bytes, lease_from, states_of
@@ -49,6 +49,7 @@ class TokenLeases:
         self._leased = beside(limiter, TOKEN_LEASES, granted)
         self._refused = beside(limiter, REFUSED, granted)
         self.single_flight = SingleFlight(limiter, connection.terms.timeout)
+        self._brief: tuple[tuple[LimitSpec, ...], Any] = ((), None)
         self._outage = Outage(limiter, connection, self.rules, self.request, self.learn)
         lease_from(limiter, self._leased, self._refused, _ask=self.ask, _low=self.refill)
 
@@ -62,6 +63,16 @@ class TokenLeases:
                 self._sliding = SlidingCounts(self.limiter)
             self._limits = found
         return self._rules
+
+    def _questions(self) -> Any:
+        """questions.Questions, for the limits in force; None: they need the long way."""
+        limits = self.limiter.limits
+        if self._brief[0] is not limits:
+            make, rules = self.connection.questions, self.rules()
+            handles = (self.states, self._leased, self._refused, self.single_flight.states)
+            made = make and make(self.connection, self.name, self._limits, rules, *handles)
+            self._brief = (limits, made)
+        return self._brief[1]
 
     def costs(self, cost: object) -> tuple[int, ...]:
         """One for each limit."""
@@ -84,19 +95,39 @@ class TokenLeases:
     def prepare(self, keys: Sequence[str | bytes], costs: int | Sequence[int]) -> None:
         """Ask for batches of all these keys that this host cannot answer, many in one round trip.
         Keys that were granted none (near a limit), and invalid costs, are left to ask()."""
+        if len(keys) < 2:
+            return
         each = costs if isinstance(costs, Sequence) else [costs] * len(keys)
+        questions = self._questions()
+        if questions is not None:
+            self.connection.ensure(Background)
+            with contextlib.suppress(UnreachableError):  # each key goes by the policy
+                self.connection.check()
+                questions.ahead(self._sound(keys, each))
+            return
         due: dict[bytes, tuple[int, ...]] = {}
-        for key, cost in zip(keys, each, strict=True):
-            raw = key_bytes(key)
-            if raw in due or type(cost) is not int or not 0 < cost < _LARGEST:
-                continue
-            wanted, have = self.costs(cost), self.look(raw)[0]
+        for raw, wanted in self._sound(keys, each):
+            have = self.look(raw)[0]
             enough = all(c <= left for c, left in zip(wanted, have, strict=True))
             if not enough and not self.is_refused(raw):
                 due[raw] = wanted
         if len(due) > 1:
             asked = [(self, raw, costs) for raw, costs in due.items()]
             self.connection.ensure(Background).fetch(asked)
+
+    def _sound(
+        self, keys: Sequence[str | bytes], costs: Sequence[int]
+    ) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        """Keys and costs that the server may be asked about together: each key once."""
+        seen, last = set[bytes](), 0
+        each: tuple[int, ...] = _NONE
+        for key, cost in zip(keys, costs, strict=True):
+            raw = key_bytes(key)
+            if raw not in seen and type(cost) is int and 0 < cost < _LARGEST:
+                if cost != last:
+                    last, each = cost, self.costs(cost)
+                seen.add(raw)
+                yield raw, each
 
     # calls that the host cannot answer by itself
 
@@ -118,11 +149,16 @@ class TokenLeases:
         raise exceptions.ClusterError(f"limiter {self.limiter.name!r}: no operation {op}")
 
     def _acquire(self, raw: bytes, costs: tuple[int, ...]) -> Decided:
-        if any(each >= _LARGEST for each in costs):
+        if max(costs) >= _LARGEST:
             self.states.count(raw, lib.FSHM_DENIED)
             return (0, 0, 0, lib.FSHM_NEVER, 0)
         self.connection.check()
         may_wait()
+        questions = self._questions()
+        if questions is not None:
+            answered: Decided | None = questions.take(raw, costs)
+            if answered is not None:
+                return answered
         with self.single_flight.turn(raw) as (for_all, waited):
             if waited:  # another process has asked meanwhile
                 found = self._spend(raw, costs)

@@ -1,13 +1,13 @@
--- values.lua - is put before algorithms.lua and permits.lua: reads the arguments that both have, and checks a key's
+-- values.lua - is put before each of the scripts: reads the arguments that all of them have, and checks a key's
 -- value before it is used. A host with the password can write any value. None may make a script fail: a host that gets
 -- an error has an outage of the whole server.
 --
--- KEYS[1]: the state of the key. ARGV: host, channel, limiter, key, whether that is sealed (1, 0).
+-- ARGV: host, channel, limiter, whether the host sends names of keys sealed (1, 0).
 
 local BIG = 9007199254740991 -- 2^53 - 1
 local LARGEST = 4194304 -- bytes of a value: some thousands of hosts
 
-local host, channel, limiter, name, sealed = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
+local host, channel, limiter, sealed = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 

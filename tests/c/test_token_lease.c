@@ -370,6 +370,66 @@ static void test_leader(void) {
   (void)munmap(r, sizeof *r);
 }
 
+/* A question takes out what is leased, and one process asks at a time; the answer is put in, and decides. */
+static void test_question(void) {
+  static const fshm_limit one = {1, 0, 0, FSHM_PERMITS, 0};
+  world_t w = make_world();
+  fshm_limiter *asking = fresh_limiter(w.s, "asking", &one, 1);
+  const fshm_asked asked = {w.limits, w.token_leases, w.refused, asking, 1, 0, {1000}};
+  const uint64_t costs[FSHM_MAX_LIMITS] = {7}, refused[FSHM_MAX_LIMITS] = {1};
+  const uint64_t minute_us = 60000000, now = fshm_now(w.s);
+  fshm_question question = {.sent_ns = 0}, other = {.sent_ns = 0};
+  fshm_decision decision;
+  grant(&w, 5, 0, now + 60000 * MS, 0);
+  CHECK_EQ(fshm_question_begin(&asked, KEY, costs, 0, &question), FSHM_ALLOWED);
+  CHECK(question.sent_ns >= now);
+  const double first[6] = {7, 0, 5, 0, 0, 0};
+  for (int i = 0; i < 6; i++) CHECK(question.numbers[i] == first[i]);
+  CHECK_EQ(left(&w, 0, NULL), 0);
+  CHECK_EQ(fshm_question_begin(&asked, KEY, costs, 0, &other), FSHM_DENIED);
+
+  /* admitted, and 3 times the cost beyond: 28 of 1000 are used */
+  const double answer[12] = {1, 3, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0};
+  CHECK_EQ(fshm_question_end(&asked, KEY, costs, &question, answer, &decision), FSHM_OK);
+  CHECK_EQ(decision.status, FSHM_ALLOWED);
+  CHECK_EQ(decision.remaining, 1000 - 28 + 21);
+  CHECK_EQ(decision.retry_after_ns, 0);
+  CHECK_EQ(decision.reset_after_ns, 60000 * (int64_t)MS);
+  CHECK_EQ(left(&w, 0, NULL), 21);
+  fshm_question_drop(asking, &question);
+  fshm_question_drop(asking, &question); /* is held no more: nothing */
+
+  /* ahead: not where there are tokens, or a refusal */
+  CHECK_EQ(fshm_question_begin(&asked, KEY, costs, 1, &other), FSHM_DENIED);
+  const uint64_t more[FSHM_MAX_LIMITS] = {22};
+  CHECK_EQ(fshm_question_begin(&asked, KEY, more, 1, &other), FSHM_ALLOWED);
+  CHECK(other.numbers[0] == 22 && other.numbers[1] == 21 && other.numbers[2] == 0);
+  CHECK(other.numbers[3] == 28 && other.numbers[4] == 0);
+  CHECK(other.numbers[5] > 50000000 && other.numbers[5] <= 60100000); /* us */
+  CHECK_EQ(left(&w, 0, NULL), 21);
+  const double none[12] = {1, 0, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0};
+  CHECK_EQ(fshm_question_end(&asked, KEY, more, &other, none, NULL), FSHM_OK);
+  CHECK_EQ(left(&w, 0, NULL), 21);
+  fshm_question_drop(asking, &other);
+  CHECK_EQ(fshm_token_lease_refuse(w.refused, KEY, refused, 60000 * MS, 0), FSHM_OK);
+  CHECK_EQ(fshm_question_begin(&asked, KEY, more, 1, &other), FSHM_DENIED);
+
+  /* denied: by the first limit, for 2 ms */
+  CHECK_EQ(fshm_question_begin(&asked, KEY, more, 0, &question), FSHM_ALLOWED);
+  const double denied[12] = {0, 0, 2000, 60000, 0, 0, 990, (double)minute_us, 0, 0, 0, 0};
+  CHECK_EQ(fshm_question_end(&asked, KEY, more, &question, denied, &decision), FSHM_OK);
+  CHECK_EQ(decision.status, FSHM_DENIED);
+  CHECK_EQ(decision.remaining, 10);
+  CHECK_EQ(decision.retry_after_ns, 2 * (int64_t)MS);
+  /* what no server of ours says changes nothing that must not be */
+  const double junk[12] = {-1, -5, -1, 1e300, -7, 0, 1e300, -1e300, 1e300, 3, 0, 0};
+  CHECK_EQ(fshm_question_end(&asked, KEY, more, &question, junk, &decision), FSHM_OK);
+  fshm_question_drop(asking, &question);
+  CHECK_EQ(left(&w, 0, NULL), 0);
+  fshm_limiter_close(asking);
+  leave(&w);
+}
+
 int main(void) {
   test_account();
   test_low_once();
@@ -380,6 +440,7 @@ int main(void) {
   test_learnt();
   test_look_after_a_change();
   test_a_window_and_a_token_lease_of_one_name();
+  test_question();
   test_arguments();
   test_race();
   test_leader();

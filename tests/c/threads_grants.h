@@ -8,9 +8,10 @@
 #define ALLOWED 1 /* permits of the permit lease that lasts */
 
 typedef struct {
-  fshm_limiter *token_leases, *refused, *rates, *permits, *permit_leases;
+  fshm_limiter *token_leases, *refused, *rates, *permits, *permit_leases, *asking;
   _Atomic uint64_t spent;
   _Atomic int64_t holders; /* within the permit lease that lasts */
+  _Atomic int64_t askers; /* of the one key that is asked about */
 } grants_t;
 
 static const fshm_limit token_lease_limits[] = {{TOKEN_LEASE_MOST, 0, 0, FSHM_LEASE, 0},
@@ -18,6 +19,7 @@ static const fshm_limit token_lease_limits[] = {{TOKEN_LEASE_MOST, 0, 0, FSHM_LE
 static const fshm_limit rates_limits[] = {{1000, 100000000, 100, FSHM_BUCKET, 0},
                                           {100, 20000000, 0, FSHM_SLIDING, 0}};
 static const fshm_limit granted_permits[] = {{6, 0, 0, FSHM_PERMITS, 0}};
+static const fshm_limit one_permit[] = {{1, 0, 0, FSHM_PERMITS, 0}};
 
 static void grants_begin(grants_t *g, fshm_segment *s) {
   const fshm_token_lease leases[FSHM_MAX_LIMITS] = {{GRANTED, 0, TIME_MAX / 2},
@@ -28,6 +30,7 @@ static void grants_begin(grants_t *g, fshm_segment *s) {
   g->rates = fresh_limiter(s, "rates", rates_limits, 2);
   g->permits = fresh_limiter(s, "granted", granted_permits, 1);
   g->permit_leases = fresh_limiter(s, "permit-leases", token_lease_limits, 1);
+  g->asking = fresh_limiter(s, "asking", one_permit, 1);
   CHECK_EQ(fshm_token_lease_put(g->token_leases, "lasting", 7, leases, 0), FSHM_OK);
   CHECK_EQ(fshm_permit_lease_look(g->permits, g->permit_leases, "lasting", 7, 1, 0, &a), FSHM_OK);
   CHECK_EQ(fshm_permit_lease_put(g->permits, g->permit_leases, "lasting", 7, a.word, ALLOWED,
@@ -36,12 +39,31 @@ static void grants_begin(grants_t *g, fshm_segment *s) {
 }
 
 static void grants_end(grants_t *g) {
-  fshm_limiter *all[] = {g->token_leases, g->refused, g->rates, g->permits, g->permit_leases};
+  fshm_limiter *all[] = {g->token_leases, g->refused,       g->rates,
+                         g->permits,      g->permit_leases, g->asking};
   uint64_t left[FSHM_MAX_LIMITS], ns[FSHM_MAX_LIMITS];
   CHECK_EQ(fshm_token_lease_look(g->token_leases, "lasting", 7, 0, 0, left, ns), FSHM_OK);
   CHECK_EQ(left[0] + g->spent, GRANTED);
   CHECK_EQ(g->holders, 0);
   for (size_t i = 0; i < sizeof all / sizeof *all; i++) fshm_limiter_close(all[i]);
+}
+
+/* One thread at a time asks about a key. */
+static void ask_server(grants_t *g, const char *key) {
+  const uint64_t length = strlen(key), costs[FSHM_MAX_LIMITS] = {2, 2};
+  const fshm_asked asked = {g->rates, g->token_leases, g->refused, g->asking, 2, 1, {100, 100}};
+  const double answer[18] = {1, 3, 0, 0, 0, 0, 8, 1e6, 1000, 0, 0, 0, 8, 1000, 1000, 0, 0, 0};
+  const bool ahead = random_below(2);
+  fshm_question question = {.sent_ns = 0};
+  fshm_decision d;
+  int status = fshm_question_begin(&asked, key, length, costs, ahead, &question);
+  CHECK_EQ(question.permit.held, status == FSHM_ALLOWED);
+  if (status != FSHM_ALLOWED) return check_known(status);
+  CHECK_EQ(atomic_fetch_add(&g->askers, 1), 0);
+  CHECK(question.numbers[0] == 2 && question.numbers[6] == 2);
+  check_known(fshm_question_end(&asked, key, length, costs, &question, answer, ahead ? NULL : &d));
+  (void)atomic_fetch_sub(&g->askers, 1);
+  fshm_question_drop(g->asking, &question);
 }
 
 /* A token lease that is filled once; and some that are filled, emptied, reported and refused all the time. */
@@ -81,6 +103,7 @@ static void use_token_leases(grants_t *g, const char *key) {
   CHECK_OP(used[1], <=, rates_limits[1].n);
   check_known(
       fshm_token_lease_look(g->token_leases, key, length, (int)random_below(2), 0, used, ns));
+  ask_server(g, "asked");
 }
 
 /* Another key's permit lease goes up and down. */

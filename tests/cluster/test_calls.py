@@ -7,7 +7,6 @@ import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from fast_litellm_shm import (
 )
 from fast_litellm_shm.cluster import Cluster
 from fast_litellm_shm.cluster.connection import Connection
-from fast_litellm_shm.cluster.link import Question
 
 HOUR = 3600
 
@@ -160,13 +158,13 @@ def test_acquire_many_asks_for_many_keys_at_once(
     hosts: list[RateLimiter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    call = Connection.call
+    run = Connection.run
 
-    def counted(link: Connection, requests: Sequence[Question]) -> list[Any]:
-        sizes.append(len(requests))
-        return call(link, requests)
+    def counted(link: Connection, operation: str, calls: Any, began: int, size: int) -> bytes:
+        sizes.append(size // 96)  # bytes of an answer
+        return run(link, operation, calls, began, size)
 
-    monkeypatch.setattr(Connection, "call", counted)
+    monkeypatch.setattr(Connection, "run", counted)
     keys = [f"user {i}" for i in range(300)]
     assert hosts[0].acquire_many(keys).allowed.all()
     assert sizes == [200, 100]

@@ -48,8 +48,10 @@ class Meter:
         source = algorithms.SOURCE.replace("redis.call('TIME')", "{ARGV[#ARGV - 1], ARGV[#ARGV]}")
         assert source != algorithms.SOURCE
         # The server forgets by its own clock, which has nothing to do with these times.
-        kept = source.replace("'PX', ceil(life / 1000) + 1000", "'PX', 3600000")
-        assert kept != source
+        kept = source
+        for life in ("ceil(life / 1000) + 1000", "grant[2]"):
+            assert kept.count(f"'PX', {life}") == 1
+            kept = kept.replace(f"'PX', {life}", "'PX', 3600000")
         self._client, self._script = client, client.register_script(kept)
 
     @staticmethod
@@ -84,9 +86,9 @@ class Meter:
         request = algorithms.Request(
             operation, b"l", key, rules, costs, kept, given_back, used, previous, left
         )
-        head = [host.encode(), "channel", request.limiter, key, 0]
+        head = [host.encode(), "channel", request.limiter, 0]
         time = [at_us // 1_000_000, at_us % 1_000_000]
-        arguments = [*head, *request.arguments(), *time]
+        arguments = [*head, request.limits(), request.question(key), *time]
         return request.answer(self._script([request.state_key("t")], arguments))
 
 

@@ -68,7 +68,7 @@ class Script:
 
     def __call__(self, at: int, key: bytes, message: Message) -> permits.Answer:
         request = self._request(key, message)
-        head = [b"host %d" % message.host, "channel", request.limiter, key, 0]
+        head = [b"host %d" % message.host, "channel", request.limiter, 0, key]
         arguments = [*head, *request.arguments(), at // S, at % S]
         raw = self._script([request.state_key("t")], arguments)
         return request.answer(raw)

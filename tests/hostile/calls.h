@@ -372,6 +372,7 @@ static void one_call(user_t *u, unsigned call, unsigned who, unsigned what, uint
       break;
     case FIRST_GRANTED + 1:
       spend(u, l, key, costs, now, what);
+      ask_server(u, l, key, costs, n, what);
       break;
     case FIRST_GRANTED + 2:
       be_told(u, l, key, n, now, what);

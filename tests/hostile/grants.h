@@ -3,6 +3,8 @@
 #ifndef GRANTS_H
 #define GRANTS_H
 
+#include <math.h>
+
 static const char *const granted_names[GRANTED] = {"wallets", "refused", "allowances",
                                                    "rate_limits"};
 
@@ -83,6 +85,32 @@ static void spend(user_t *u, fshm_limiter *l, const char *key, const uint64_t *c
   if (status != FSHM_ASK) check_status(u, status);
   if (what & 32) check_decision(u, &d);
   MUST(low <= 1);
+}
+
+/* The server may answer anything. */
+static void ask_server(user_t *u, fshm_limiter *l, const char *key, const uint64_t *costs,
+                       uint64_t n, unsigned what) {
+  const fshm_asked asked = {what & 1 ? l : u->granted[RATE_LIMITS],
+                            what & 2 ? l : u->granted[TOKEN_LEASES],
+                            what & 4 ? l : u->granted[REFUSED],
+                            what & 8 || !u->limiters[5] ? l : u->limiters[5],
+                            1 + what % FSHM_MAX_LIMITS,
+                            what >> 5,
+                            {n, n >> 3, n >> 9, what}};
+  double answer[6 + 6 * FSHM_MAX_LIMITS];
+  fshm_question question;
+  fshm_decision d;
+  memset(&question, 0, sizeof question);
+  int status = fshm_question_begin(&asked, key, 1, costs, what & 16, &question);
+  check_status(u, status);
+  for (int i = 0; i < 6 * FSHM_MAX_LIMITS; i++) MUST(question.numbers[i] >= 0);
+  for (unsigned i = 0; i < sizeof answer / sizeof *answer; i++)
+    answer[i] = (what >> i % 8 & 1 ? -1.0 : 1.0) * (double)(n << i % 40) * (what & 32 ? 1e250 : 1);
+  if (what & 64) answer[n % 30] = NAN;
+  check_status(u, fshm_question_end(&asked, key, 1, costs, &question, answer, &d));
+  MUST(d.status == FSHM_ALLOWED || d.status == FSHM_DENIED);
+  fshm_question_drop(asked.asking, &question);
+  MUST(!question.permit.held);
 }
 
 static void be_told(user_t *u, fshm_limiter *l, const char *key, uint64_t n, uint64_t now,
