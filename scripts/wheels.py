@@ -44,7 +44,6 @@ SIZES = {
 # What zig's runtime library defines and libc does too.
 OF_LIBC = {"memcpy", "memmove", "memset", "memcmp", "bcmp", "strlen", "__stack_chk_guard"}
 OF_LIBC_TOO = ("_chk", "_chk_fail")
-STB_WEAK, SHN_UNDEF = 2, 0
 
 
 @dataclass(frozen=True)
@@ -113,19 +112,20 @@ def builtins(platform: Platform, work: pathlib.Path, env: dict[str, str]) -> pat
     bits), and nothing that libc has.
 
     zig links it whole, and what it defines comes before libc's: a memcpy() that is slower, and on
-    aarch64 a stack guard that is the same in each process. A weak symbol that is not defined is one
-    that libc is asked for."""
+    aarch64 a stack guard that is the same in each process. So these definitions get another name,
+    that without its first letter."""
     source = work / "divides.c"
     source.write_text("unsigned __int128 f(unsigned __int128 a) { return a / (a >> 9); }\n")
     run(*compiler(platform), "-shared", source, "-o", work / "divides.so", env=env)
-    data = bytearray(
-        only(pathlib.Path(env["ZIG_GLOBAL_CACHE_DIR"]), "o/*/compiler_rt_zcu.o").read_bytes()
-    )
+    # Of several from earlier runs, any: they differ in what a debugger wants to know.
+    built = pathlib.Path(env["ZIG_GLOBAL_CACHE_DIR"]).glob("o/*/compiler_rt_zcu.o")
+    data = bytearray(sorted(built)[0].read_bytes())
     symbols = ELFFile(io.BytesIO(data)).get_section_by_name(".symtab")
     for number, symbol in enumerate(symbols.iter_symbols()):
-        if symbol.name in OF_LIBC or symbol.name.endswith(OF_LIBC_TOO):
+        weak = symbol["st_info"]["bind"] == "STB_WEAK"  # and so of other files too
+        if weak and (symbol.name in OF_LIBC or symbol.name.endswith(OF_LIBC_TOO)):
             at = symbols["sh_offset"] + number * symbols["sh_entsize"]
-            struct.pack_into("<BBHQQ", data, at + 4, STB_WEAK << 4, 0, SHN_UNDEF, 0, 0)
+            struct.pack_into("<I", data, at, symbol["st_name"] + 1)
     patched = work / "builtins.o"
     patched.write_bytes(data)
     return patched
