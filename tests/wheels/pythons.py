@@ -58,7 +58,7 @@ def of_this_host() -> list[Python]:
     """Those of the environment variable PYTHONS; if it is empty, what this is run by, and every
     python3.10 and later that is found."""
     asked = os.environ.get("PYTHONS", "").split()
-    found = {}
+    found: dict[str, str] = {}
     for path in asked or [sys.executable, *(f"python3.{minor}" for minor in range(10, 16))]:
         version = _version(path)
         if version is None and asked:
