@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
+.PHONY: apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 test-wheels wheels wheels-built wheels-tested lint format lib build bench bench-proxy instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -65,7 +65,7 @@ test: test-c test-py ## test: all tests of C and Python that need no server of t
 # What loads LiteLLM or encodings runs apart: a fork of a process that has them takes five times as long, and
 # the others fork a lot.
 LOADED = $(addprefix tests/,drop_in integrations/litellm tokens)
-APART  = $(addprefix tests/,apps browser cluster faults freethreaded hostile litellm_proxy peers spellings) # have targets of their own
+APART  = $(addprefix tests/,apps browser cluster faults freethreaded hostile litellm_proxy peers spellings wheels) # have targets of their own
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
@@ -129,6 +129,13 @@ test-freethreaded: ## test: threads without the GIL (needs a free-threaded Pytho
 	cd $(FT_TREE) && PYTHON_GIL=0 PYTHONPATH=.:tests venv/bin/python -m pytest -q -p no:cacheprovider -o addopts= \
 	  tests/freethreaded
 
+# PYTHONS: of x86-64, by their paths; those that are found, if it is empty.
+test-wheels: ## test: make wheels, and each of them on its platform: every CPython that is found, qemu, musl; WHEELS=manylinux-x86_64
+	@$(MAKE) --no-print-directory VENV=$(VENV)-wheels wheels-tested
+
+wheels-tested: wheels-built
+	PYTHONS="$(PYTHONS)" $(PYTEST) tests/wheels
+
 c-programs: $(C_TESTS:%=$(BUILD)/c/%)
 
 # What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
@@ -166,8 +173,14 @@ format: $(VENV)/.lint ## build: format Python and C
 
 lib: $(BUILD)/libfast_shm.so ## build: build/libfast_shm.so, for any language; its header is csrc/fast_shm.h
 
-build: $(VENV)/.build ## build: dist/: the sdist, and the wheel for CPython 3.10 and later
+build: $(VENV)/.build ## build: dist/: the sdist, and the wheel for CPython 3.10 and later on this machine
 	$(VENV)/bin/python -m build
+
+wheels: ## build: dist/: the sdist, and wheels for glibc and musl on x86-64 and aarch64; WHEELS=manylinux-x86_64: only that one
+	@$(MAKE) --no-print-directory VENV=$(VENV)-wheels wheels-built
+
+wheels-built: $(VENV)/.wheels
+	$(VENV)/bin/python scripts/wheels.py $(WHEELS)
 
 instructions: $(BUILD)/hot ## bench: do the hot paths take more instructions than they did? INSTRUCTIONS=--renew
 	@command -v valgrind >/dev/null || { echo "needs valgrind: apt-get install valgrind"; exit 1; }

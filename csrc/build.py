@@ -9,9 +9,7 @@ FAST_SHM_LDFLAGS add more.
 
 import os
 import pathlib
-import platform
 import re
-import sys
 import sysconfig
 
 import cffi
@@ -36,10 +34,12 @@ def of_file(name: str) -> list[str]:
     return (CSRC / name).read_text(encoding="utf-8").split()
 
 
-LINUX = sys.platform == "linux"
+# Of what is built for, which may be another machine: _PYTHON_HOST_PLATFORM names it.
+PLATFORM = sysconfig.get_platform()
+LINUX = PLATFORM.startswith("linux")
 SANITIZED = "-fsanitize" in os.environ.get("FAST_SHM_CFLAGS", "")  # which has checks of its own
 HARDENING = [] if SANITIZED else of_file("hardening")
-if HARDENING and LINUX and platform.machine() in ("x86_64", "i686"):
+if HARDENING and LINUX and PLATFORM.endswith(("-x86_64", "-i686")):
     HARDENING.append("-fcf-protection=return")  # a shadow stack, where the kernel has one
 # Whatever the linker fills in is bound as it is loaded, and read-only from then on.
 LINKED = ["-Wl,-z,relro,-z,now,-z,noexecstack"] if LINUX else []

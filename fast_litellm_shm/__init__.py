@@ -7,7 +7,7 @@ first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # the one place; pyproject.toml reads it
 
 from fast_litellm_shm import exceptions, fast_litellm
 from fast_litellm_shm._shared.later import loader

@@ -16,7 +16,6 @@
 #include <unistd.h>
 
 #if defined(__linux__)
-#include <sys/random.h>
 #include <sys/syscall.h>
 #endif
 
@@ -185,7 +184,8 @@ static void identify_clock(header_t *h) {
 
 void image_random(void *out, size_t size) {
 #if defined(__linux__)
-  if (getrandom(out, size, 0) == (ssize_t)size) return;
+  /* Not getrandom(): glibc has it from 2.25 on, and wheels are for 2.17. */
+  if (syscall(SYS_getrandom, out, size, 0) == (long)size) return;
   /* No entropy is available: better than none. */
   uint64_t seed[2] = {fshm_clock(), (uint64_t)getpid()};
   for (size_t i = 0; i < size / 8; i++)

@@ -12,15 +12,24 @@
 #include <time.h>
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "wall.h"
 
 #define OPEN_TRIES 100
 
 #if defined(__x86_64__)
 bool fshm_wide_loads;
+/* Has the processor AVX, and does the kernel save its registers? Not __builtin_cpu_supports(): it asks the compiler's
+ * runtime library, and in that of zig, which builds wheels, nothing fills in the answer. */
 __attribute__((constructor)) static void detect(void) {
-  __builtin_cpu_init();
-  fshm_wide_loads = __builtin_cpu_supports("avx");
+  const unsigned wanted = bit_AVX | bit_OSXSAVE, both = 6; /* XMM and YMM */
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return;
+  __asm__ __volatile__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  fshm_wide_loads = (a & both) == both;
 }
 #endif
 
