@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
+.PHONY: docs docs-site apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -168,6 +168,15 @@ lib: $(BUILD)/libfast_shm.so ## build: build/libfast_shm.so, for any language; i
 
 build: $(VENV)/.build ## build: dist/: the sdist, and the wheel for CPython 3.10 and later
 	$(VENV)/bin/python -m build
+
+# -E: a page that is not read again could not warn again.
+DOCS_VENV ?= $(VENV)-docs
+docs: ## build: the site of the docs, build/docs/index.html, in a venv of its own; a warning is an error
+	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) docs-site
+
+docs-site: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -E -W -n --keep-going -q -j auto -d $(BUILD)/doctrees docs $(BUILD)/docs
+	@echo "the site is $(BUILD)/docs/index.html"
 
 instructions: $(BUILD)/hot ## bench: do the hot paths take more instructions than they did? INSTRUCTIONS=--renew
 	@command -v valgrind >/dev/null || { echo "needs valgrind: apt-get install valgrind"; exit 1; }

@@ -1,0 +1,50 @@
+"""The site that `make docs` builds from this folder. Warnings are errors there."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from django.conf import settings
+
+import fast_litellm_shm
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "fast_litellm_shm"
+author = "fast_litellm_shm contributors"
+version = release = fast_litellm_shm.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx_copybutton",
+    "elsewhere",
+    "public_names",
+]
+nitpicky = True
+exclude_patterns = ["_ext", "_static"]
+suppress_warnings = ["myst.header"]  # a heading of README.md's kind may skip a level
+
+myst_heading_anchors = 4  # the anchors that a git host makes too
+myst_enable_extensions = ["colon_fence"]
+
+html_theme = "furo"
+html_title = f"fast_litellm_shm {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
+copybutton_prompt_text = "$ "
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_inherit_docstrings = False  # of a framework, about itself
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+# What is too large to install for its name alone.
+autodoc_mock_imports = ["langchain_core", "litellm", "llama_index"]
+settings.configure()  # REST framework reads them when it is imported
