@@ -39,6 +39,7 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 copybutton_prompt_text = "$ "
 
+autodoc_default_options = {"undoc-members": True, "inherited-members": "object"}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False  # of a framework, about itself
@@ -48,3 +49,5 @@ python_maximum_signature_line_length = 88
 # What is too large to install for its name alone.
 autodoc_mock_imports = ["langchain_core", "litellm", "llama_index"]
 settings.configure()  # REST framework reads them when it is imported
+# In signatures; what they are says the text. Numpy's arrays, and classes that a user only gets.
+types_without_page = {"NDArray", "Held", "Function", "Gate", "Use", "Upstream", "BudgetReservation", "App", "Depends", "InFlight", "Granted", "Money"}

@@ -15,7 +15,7 @@ from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.domains.python import PythonDomain
 from sphinx.environment import BuildEnvironment
-from sphinx.ext.autodoc.mock import mock
+from sphinx.ext.autodoc.mock import ismock, mock
 from sphinx.util import logging
 from sphinx.util.typing import ExtensionMetadata
 
@@ -23,120 +23,125 @@ import fast_litellm_shm
 
 PACKAGE = fast_litellm_shm.__name__
 # Folders whose public names the package itself has: `from fast_litellm_shm import ...`.
-INSIDE = {"cli", "fast_litellm", "limiters", "metrics", "pools", "routing", "tokens"}
-PAGE = re.compile(r"``docs/([\w-]+)\.md``")
+INSIDE = {"cli", "fast_litellm", "integrations", "limiters", "metrics", "pools", "routing", "tokens"}
+PAGE = re.compile(r"(?:``)?\bdocs/([\w-]+)\.md(?:``)?")
 log = logging.getLogger(__name__)
 
 
-def public_modules() -> Iterator[ModuleType]:
+def public_modules() -> Iterator[tuple[str, ModuleType]]:
     """What a user imports from: the package, and what is directly in it and in integrations/."""
-    yield fast_litellm_shm
+    yield PACKAGE, fast_litellm_shm
     for folder in (fast_litellm_shm, importlib.import_module(f"{PACKAGE}.integrations")):
         for found in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
             name = found.name.rpartition(".")[2]
-            if not name.startswith("_") and name not in INSIDE | {"integrations"}:
-                yield importlib.import_module(found.name)
+            if not name.startswith("_") and name not in INSIDE:
+                yield found.name, importlib.import_module(found.name)
 
 
 def _own(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).startswith(PACKAGE)
 
 
-def _members(cls: type) -> Iterator[str]:
+def _members(cls: type) -> set[str]:
     """Public methods and attributes that this package adds to what a framework's base class has."""
-    theirs = {name for base in cls.__mro__ if not _own(base) for name in vars(base)}
-    for base in filter(_own, cls.__mro__):
-        yield from (name for name in vars(base) if not name.startswith("_") and name not in theirs)
+    ours = [base for base in cls.__mro__ if _own(base)]
+    names = {name for base in ours for name in vars(base) if not name.startswith("_")}
+    others = [base for base in cls.__mro__ if base not in ours]
+    if any(map(ismock, others)):  # nobody knows what it has
+        return {name for name in names if getattr(getattr(cls, name), "__doc__", None)}
+    return names - {name for base in others for name in vars(base)}
 
 
 def undocumented(documented: set[str]) -> Iterator[str]:
-    """Public names that are not among `documented`, which has names with their module."""
+    """Public names that are not among `documented`. One place is enough for a class that several
+    modules have."""
     modules = list(public_modules())
-    seen = {
-        id(value)
-        for module in modules
-        for name, value in vars(module).items()
-        if f"{module.__name__}.{name}" in documented
+    places = {
+        id(value): f"{path}.{name}"
+        for path, module in modules
+        for name, value in [(name, getattr(module, name)) for name in dir(module)]
+        if f"{path}.{name}" in documented
     }
-    seen |= {id(getattr(fast_litellm_shm, name)) for name in fast_litellm_shm.__all__}
-    for module in modules:
+    for path, module in modules:
         if not hasattr(module, "__all__"):
-            yield f"{module.__name__}.__all__"
+            yield f"{path}.__all__"
             continue
         for name in module.__all__:
-            full, value = f"{module.__name__}.{name}", getattr(module, name)
-            if full not in documented:
-                # An exception, or a name that two modules share: one place is enough.
-                if inspect.isroutine(value) or inspect.isclass(value):
-                    if id(value) in seen:
-                        continue
+            full, value = f"{path}.{name}", getattr(module, name)
+            if full in documented:
+                members = _members(value) if inspect.isclass(value) and _own(value) else ()
+                every = (f"{full}.{member}" for member in sorted(members))
+                yield from (each for each in every if each not in documented)
+            elif id(value) not in places or isinstance(value, (bool, int)):
                 yield full
-            elif inspect.isclass(value):
-                yield from (
-                    f"{full}.{member}"
-                    for member in dict.fromkeys(_members(value))
-                    if f"{full}.{member}" not in documented
-                )
 
 
 def _check(app: Sphinx, env: BuildEnvironment) -> None:
     domain = env.get_domain("py")
     assert isinstance(domain, PythonDomain)
+    documented = {name for name, entry in domain.objects.items() if not entry.aliased}
     with mock(app.config.autodoc_mock_imports):
-        missing = list(undocumented(set(domain.objects)))
+        missing = list(undocumented(documented))
     for name in missing:
         log.warning("the reference does not have %s: name it in a page of docs/reference/", name)
+
+
+def _skip(
+    app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any
+) -> bool | None:
+    if what not in ("class", "exception") or name.startswith("_"):
+        return None
+    data = app.env.temp_data
+    module = importlib.import_module(data["autodoc:module"])
+    cls = getattr(module, data["autodoc:class"])
+    return None if name in _members(cls) else True
 
 
 def _resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, text: nodes.Element
 ) -> nodes.Element | None:
-    """A name by its place in the code leads to the public one; those of others have no page here."""
+    """A name by its place in the code leads to the public one; those of other packages, and those
+    that begin with _, have no page here."""
     if node.get("refdomain") != "py":
         return None
-    target = node["reftarget"]
-    if target.split(".")[0] != PACKAGE and "." in target:
+    parts = node["reftarget"].split(".")
+    if parts[-1].startswith("_") or (len(parts) > 1 and parts[0] != PACKAGE):
         return text
     domain = env.get_domain("py")
     assert isinstance(domain, PythonDomain)
-    module, _, name = target.rpartition(".")
-    parts = target.split(".")
-    for depth in (1, 2):  # Class, Class.method
+    for depth in (2, 1) if len(parts) > 1 else (1,):  # Class.method, Class
         tail = ".".join(parts[-depth:])
-        found = [full for full in domain.objects if full.endswith(f".{tail}")]
-        same = [full for full in found if full.count(".") == depth] or found
-        if same:
-            entry = domain.objects[same[0]]
-            return nodes.reference(
-                "", "", text, internal=True,
-                refuri=app.builder.get_relative_uri(node["refdoc"], entry.docname) + f"#{entry.node_id}",
-            )
-    return None
+        found = [name for name in domain.objects if name == tail or name.endswith(f".{tail}")]
+        if found:
+            entry = domain.objects[min(found, key=lambda name: (name.count("."), name))]
+            uri = app.builder.get_relative_uri(node["refdoc"], entry.docname)
+            return nodes.reference("", "", text, internal=True, refuri=f"{uri}#{entry.node_id}")
+    return text if node["reftarget"] in app.config.types_without_page else None
 
 
 def _docstring(
     app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
+    """Files of docs/ become links, and "per: seconds" begins what is said of an argument."""
     text = PAGE.sub(r":doc:`/\1`", "\n".join(lines))
-    if callable(value):
-        try:
-            parameters = [p for p in inspect.signature(value).parameters if p != "self"]
-        except (TypeError, ValueError):
-            parameters = []
-        if parameters:
-            names = "|".join(map(re.escape, parameters))
-            # "per: seconds" begins what is said of an argument; so does "plans, plan_of: ...".
-            text = re.sub(
-                rf"(?<![\w`*.:])((?:{names})(?:, (?:{names}))*):(?= |$)",
-                lambda found: ", ".join(f"**{each}**" for each in found[1].split(", ")) + ":",
-                text,
-                flags=re.MULTILINE,
-            )
+    try:
+        names = "|".join(each for each in inspect.signature(value).parameters if each != "self")
+    except (TypeError, ValueError):
+        names = ""
+    if names:
+        text = re.sub(
+            rf"(?<![\w`*.:({{\"'])((?:{names})(?:, (?:{names}))*):(?= |$)",
+            lambda found: ", ".join(f"**{each}**" for each in found[1].split(", ")) + ":",
+            text,
+            flags=re.MULTILINE,
+        )
     lines[:] = text.split("\n")
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
+    app.add_config_value("types_without_page", set(), "env", [set])
     app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-skip-member", _skip)
     app.connect("missing-reference", _resolve)
     app.connect("env-check-consistency", _check)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -56,7 +56,7 @@ class Rule:
     compiled regular expression, which must match the whole path; None: every path.
     methods: names of methods; GET includes HEAD; a websocket handshake is ``WEBSOCKET``; None: all.
     key: a function that says whom a request counts for, see
-    :mod:`fast_litellm_shm.integrations.web.keys`. If it returns None, the request is **not
+    ``docs/web.md``. If it returns None, the request is **not
     limited**: the rules after this one are not checked either.
     cost: what a request consumes, 0 or more; or a tuple with one cost for each limit; or a function
     of the request that returns either.
