@@ -8,6 +8,7 @@ from pathlib import Path
 from django.conf import settings
 
 import fast_litellm_shm
+from fast_litellm_shm.integrations.web import Middleware
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -39,7 +40,6 @@ html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True, "top_of_page_buttons": []}
 copybutton_prompt_text = "$ "
 
-autodoc_default_options = {"undoc-members": True, "inherited-members": "object"}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_inherit_docstrings = False  # of a framework, about itself
@@ -48,6 +48,12 @@ python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 # What is too large to install for its name alone.
 autodoc_mock_imports = ["langchain_core", "litellm", "llama_index"]
+# autodoc takes a class of another name for an alias.
+fast_litellm_shm.Reservation.__name__ = "Reservation"
+Middleware.__name__ = "Middleware"
 settings.configure()  # REST framework reads them when it is imported
-# In signatures; what they are says the text. Numpy's arrays, and classes that a user only gets.
-types_without_page = {"NDArray", "Held", "Function", "Gate", "Use", "Upstream", "BudgetReservation", "App", "Depends", "InFlight", "Granted", "Money"}
+# In signatures, without a link: of other packages, and classes that a user only gets.
+types_without_page = {
+    "BudgetReservation", "Decimal", "Depends", "Function", "Gate", "Granted", "Held", "InFlight",
+    "App", "Money", "NDArray", "Place", "Upstream", "Use", "datetime",
+}  # fmt: skip

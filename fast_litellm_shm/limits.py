@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FixedWindow",
     "Limit",
-    "LimitSpec",
     "SlidingWindow",
-    "Spelled",
     "TokenBucket",
     "Window",
     "describe",

@@ -47,8 +47,8 @@ def _members(cls: type) -> set[str]:
     ours = [base for base in cls.__mro__ if _own(base)]
     names = {name for base in ours for name in vars(base) if not name.startswith("_")}
     others = [base for base in cls.__mro__ if base not in ours]
-    if any(map(ismock, others)):  # nobody knows what it has
-        return {name for name in names if getattr(getattr(cls, name), "__doc__", None)}
+    if any(map(ismock, others)):  # nobody knows what they have
+        return set()
     return names - {name for base in others for name in vars(base)}
 
 
@@ -69,9 +69,9 @@ def undocumented(documented: set[str]) -> Iterator[str]:
         for name in module.__all__:
             full, value = f"{path}.{name}", getattr(module, name)
             if full in documented:
-                members = _members(value) if inspect.isclass(value) and _own(value) else ()
-                every = (f"{full}.{member}" for member in sorted(members))
-                yield from (each for each in every if each not in documented)
+                if inspect.isclass(value) and value.__name__ == name:  # not a former name of it
+                    every = (f"{full}.{member}" for member in sorted(_members(value)))
+                    yield from (each for each in every if each not in documented)
             elif id(value) not in places or isinstance(value, (bool, int)):
                 yield full
 
@@ -94,7 +94,7 @@ def _skip(
     data = app.env.temp_data
     module = importlib.import_module(data["autodoc:module"])
     cls = getattr(module, data["autodoc:class"])
-    return None if name in _members(cls) else True
+    return None if name in _members(cls) or any(map(ismock, cls.__mro__)) else True
 
 
 def _resolve(
@@ -116,7 +116,7 @@ def _resolve(
             entry = domain.objects[min(found, key=lambda name: (name.count("."), name))]
             uri = app.builder.get_relative_uri(node["refdoc"], entry.docname)
             return nodes.reference("", "", text, internal=True, refuri=f"{uri}#{entry.node_id}")
-    return text if node["reftarget"] in app.config.types_without_page else None
+    return text if parts[-1] in app.config.types_without_page else None
 
 
 def _docstring(
