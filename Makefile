@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: docs docs-site apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
+.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -90,7 +90,14 @@ test-dashboard: ## test: the page of fast-shm dashboard in headless Chromium
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) dashboard-page
 
 dashboard-page: $(VENV)/.dashboard-tests
-	$(PYTEST) tests/browser
+	$(PYTEST) tests/browser/test_page.py
+
+test-docs: docs ## test: the site of the docs, which it builds, in headless Chromium: the search, each page
+	@command -v chromedriver >/dev/null || { echo "needs chromium: apt-get install chromium chromium-driver"; exit 1; }
+	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) site-pages
+
+site-pages: $(VENV)/.dashboard-tests
+	$(PYTEST) tests/browser/test_site.py
 
 test-spellings: ## test: no spelling of a request passes a limit: frameworks and servers (from PyPI); SPELLINGS=20000 SPELLINGS_SEED=2
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) spellings
@@ -142,6 +149,7 @@ environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
+	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) $(DOCS_VENV)/.docs
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one

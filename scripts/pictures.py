@@ -54,25 +54,38 @@ class Picture:
             font_weight=weight,
         )  # fmt: skip
 
-    def line(self, *points: tuple[float, float], colour: str = GREY, width: float = 1, dash: str = "none") -> None:
+    def line(
+        self, *points: tuple[float, float], colour: str = GREY, width: float = 1, dash: str = "none"
+    ) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         self.add(
             "polyline", points=path, fill="none", stroke=colour, stroke_width=width,
             stroke_dasharray=dash,
         )  # fmt: skip
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none") -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: str, stroke: str = "none"
+    ) -> None:
         self.add("rect", x=x, y=y, width=width, height=height, rx=4, fill=fill, stroke=stroke)
 
     def dot(self, x: float, y: float, admitted: bool) -> None:
         fill, stroke = (OURS, OURS) if admitted else ("white", GREY)
-        self.add("circle", cx=round(x, 1), cy=round(y, 1), r=4, fill=fill, stroke=stroke, stroke_width=1.5)
+        self.add(
+            "circle",
+            cx=round(x, 1),
+            cy=round(y, 1),
+            r=4,
+            fill=fill,
+            stroke=stroke,
+            stroke_width=1.5,
+        )
 
     def __str__(self) -> str:
         width, height = self.size
         return (
-            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' "
-            f"height='{height}' role='img' aria-label='{self.title}' {FONT}>\n<title>{self.title}</title>\n"
+            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' "
+            f"width='{width}' height='{height}' role='img' aria-label='{self.title}' {FONT}>\n"
+            f"<title>{self.title}</title>\n"
             f"<rect width='{width}' height='{height}' rx='8' fill='white'/>\n"
             + "\n".join(self.parts)
             + "\n</svg>\n"
@@ -91,10 +104,26 @@ class Axes:
         self.picture.text(self.LEFT, 39, what, size=11, colour=GREY)
         for number in range(int(most) + 1):
             if most <= 6 or number % 2 == 0:
-                self.picture.line((self.LEFT, self.y(number)), (self.RIGHT, self.y(number)), colour="#eceef1")
-                self.picture.text(self.LEFT - 8, self.y(number) + 4, str(number), size=11, colour=GREY, anchor="end")
+                self.picture.line(
+                    (self.LEFT, self.y(number)), (self.RIGHT, self.y(number)), colour="#eceef1"
+                )
+                self.picture.text(
+                    self.LEFT - 8,
+                    self.y(number) + 4,
+                    str(number),
+                    size=11,
+                    colour=GREY,
+                    anchor="end",
+                )
         for at in range(0, int(seconds) + 1, 5 if unit == "s" else 6):
-            self.picture.text(self.x(at), 224, f"{at} {unit}" if at else "0", size=11, colour=GREY, anchor="middle")
+            self.picture.text(
+                self.x(at),
+                224,
+                f"{at} {unit}" if at else "0",
+                size=11,
+                colour=GREY,
+                anchor="middle",
+            )
         self.picture.line((self.LEFT, 208), (self.RIGHT, 208), colour=LINE)
         legend = self.picture
         legend.dot(self.LEFT + 4, 240, True)
@@ -110,7 +139,10 @@ class Axes:
 
     def curve(self, points: list[tuple[float, float]]) -> None:
         path = [(self.x(t), self.y(n)) for t, n in points]
-        area = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(path[0][0], self.y(0)), *path, (path[-1][0], self.y(0))])
+        area = " ".join(
+            f"{x:.1f},{y:.1f}"
+            for x, y in [(path[0][0], self.y(0)), *path, (path[-1][0], self.y(0))]
+        )
         self.picture.add("polygon", points=area, fill=PALE)
         self.picture.line(*path, colour=OURS, width=2)
 
@@ -124,12 +156,21 @@ class Axes:
 
 
 # Seconds: a burst before an edge of the windows, one after it, and then a steady stream.
-BURSTS = [0.0, *(7.5 + 0.4 * i for i in range(6)), *(10.2 + 0.4 * i for i in range(6)), *(15.0 + 0.75 * i for i in range(14))]
+BURSTS = [
+    0.0,
+    *(7.5 + 0.4 * i for i in range(6)),
+    *(10.2 + 0.4 * i for i in range(6)),
+    *(15.0 + 0.75 * i for i in range(14)),
+]
 
 
-def play(limiter: RateLimiter, clock: Clock, times: list[float], until: float) -> tuple[list[tuple[float, bool]], list[tuple[float, float]]]:
+def play(
+    limiter: RateLimiter, clock: Clock, times: list[float], until: float
+) -> tuple[list[tuple[float, bool]], list[tuple[float, float]]]:
     """Each request, with whether it was admitted; and what was left all along, tenth by tenth."""
-    begun, outcomes, left = clock.seconds, [], []
+    begun = clock.seconds
+    outcomes: list[tuple[float, bool]] = []
+    left: list[tuple[float, float]] = []
     for at in sorted({*times, *(i / 10 for i in range(round(until * 10) + 1))}):
         clock.advance(max(0.0, at - (clock.seconds - begun)))
         for call in range(1 + (at in times)):
@@ -142,7 +183,9 @@ def play(limiter: RateLimiter, clock: Clock, times: list[float], until: float) -
     return outcomes, left
 
 
-def windows(limit: FixedWindow | SlidingWindow | TokenBucket, title: str, what: str, edges: bool) -> Picture:
+def windows(
+    limit: FixedWindow | SlidingWindow | TokenBucket, title: str, what: str, edges: bool
+) -> Picture:
     with isolated(frozen=True) as test:
         outcomes, left = play(RateLimiter(limit, name="picture"), test.clock, BURSTS, 25)
     axes = Axes(title, 25, 5, what)
@@ -179,10 +222,21 @@ def sliding_window() -> Picture:
 
 def concurrency() -> Picture:
     limiter_of = "ConcurrencyLimiter(2)"
-    calls = [(0.0, 6.0), (1.5, 4.0), (3.0, 3.0), (5.5, 8.0), (6.5, 2.0), (7.5, 3.5), (9.5, 4.0), (15.0, 3.0)]
+    calls = [
+        (0.0, 6.0),
+        (1.5, 4.0),
+        (3.0, 3.0),
+        (5.5, 8.0),
+        (6.5, 2.0),
+        (7.5, 3.5),
+        (9.5, 4.0),
+        (15.0, 3.0),
+    ]
     picture = Picture(720, 290, f"{limiter_of}: calls in flight")
     picture.text(60, 24, limiter_of, size=14, weight="bold")
-    picture.text(60, 39, "a call holds a permit until it ends, however long that takes", size=11, colour=GREY)
+    picture.text(
+        60, 39, "a call holds a permit until it ends, however long that takes", size=11, colour=GREY
+    )
 
     def x(seconds: float) -> float:
         return 60 + 640 * seconds / 20
@@ -200,7 +254,13 @@ def concurrency() -> Picture:
             if permit:
                 held.append((begin + length, permit))
                 picture.box(x(begin), y, x(begin + length) - x(begin), 16, OURS)
-                picture.text(x(begin) + 6, y + 12, f"{limiter.in_flight('model')} in flight", size=11, colour="white")
+                picture.text(
+                    x(begin) + 6,
+                    y + 12,
+                    f"{limiter.in_flight('model')} in flight",
+                    size=11,
+                    colour="white",
+                )
             else:
                 picture.box(x(begin), y, 10, 16, "white", GREY)
                 picture.text(x(begin) + 16, y + 12, "denied: 2 are in flight", size=11, colour=GREY)
@@ -212,7 +272,13 @@ def concurrency() -> Picture:
 
 def budget() -> Picture:
     """Two days, a call every two hours: each reserves 1.50 dollars and costs less."""
-    axes = Axes('Budget(usd=6, per="day")', 48, 6, "dollars spent, and what calls that run have reserved (dashed)", "h")
+    axes = Axes(
+        'Budget(usd=6, per="day")',
+        48,
+        6,
+        "dollars spent, and what calls that run have reserved (dashed)",
+        "h",
+    )
     first, spent, reserved, outcomes = datetime(2026, 3, 2), [(0.0, 0.0)], [], []
     with isolated(frozen=True) as test:
         test.clock.move_to(first)
@@ -235,8 +301,9 @@ def budget() -> Picture:
     for hour_of, before in reserved:
         top = axes.y(before + 1.5)
         axes.picture.add(
-            "rect", x=round(axes.x(hour_of), 1), y=round(top, 1), width=round(axes.x(1) - axes.x(0), 1),
-            height=round(axes.y(before) - top, 1), fill="none", stroke=OURS, stroke_dasharray="3 2",
+            "rect", x=round(axes.x(hour_of), 1), y=round(top, 1),
+            width=round(axes.x(1) - axes.x(0), 1), height=round(axes.y(before) - top, 1),
+            fill="none", stroke=OURS, stroke_dasharray="3 2",
         )  # fmt: skip
     axes.edge(24, "midnight, in the budget's time zone")
     axes.requests(outcomes)
@@ -245,7 +312,11 @@ def budget() -> Picture:
 
 def workers() -> Picture:
     """The problem, and what this package does about it."""
-    picture = Picture(720, 330, "Four workers with a limit of 100 each admit 400; with one shared limit they admit 100")
+    picture = Picture(
+        720,
+        330,
+        "Four workers with a limit of 100 each admit 400; with one shared limit they admit 100",
+    )
     for left, title, colour, total, said in (
         (20, "A limit in each worker", GREY, "400 a minute", "four times what you set"),
         (375, "One limit in shared memory", OURS, "100 a minute", "exactly what you set"),
@@ -265,8 +336,12 @@ def workers() -> Picture:
                 picture.line((x + 37, 100), (x + 37, 176), colour=OURS, width=1.5)
         if shared:
             picture.box(left, 176, 320, 48, OURS)
-            picture.text(left + 162, 197, "limit, in shared memory", size=12, colour="white", anchor="middle")
-            picture.text(left + 162, 216, "100", size=15, colour="white", weight="bold", anchor="middle")
+            picture.text(
+                left + 162, 197, "limit, in shared memory", size=12, colour="white", anchor="middle"
+            )
+            picture.text(
+                left + 162, 216, "100", size=15, colour="white", weight="bold", anchor="middle"
+            )
             picture.line((left + 162, 224), (left + 162, 250), colour=OURS, width=1.5)
         else:
             picture.line((left + 37, 236), (left + 283, 236), colour=GREY, width=1.5)

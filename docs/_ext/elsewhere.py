@@ -40,7 +40,9 @@ def _read(app: Sphinx, name: str, source: list[str]) -> None:
         if not target.exists():
             return link[1]  # Sphinx says so
         if target.is_dir():
-            return "/examples.md" if target.is_relative_to(ROOT / "examples") else "/contributing.md"
+            return (
+                "/examples.md" if target.is_relative_to(ROOT / "examples") else "/contributing.md"
+            )
         return f"path:/../{target.relative_to(ROOT)}"  # a download
 
     parts = FENCED.split(file.read_text(encoding="utf-8"))

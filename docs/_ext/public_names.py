@@ -23,7 +23,16 @@ import fast_litellm_shm
 
 PACKAGE = fast_litellm_shm.__name__
 # Folders whose public names the package itself has: `from fast_litellm_shm import ...`.
-INSIDE = {"cli", "fast_litellm", "integrations", "limiters", "metrics", "pools", "routing", "tokens"}
+INSIDE = {
+    "cli",
+    "fast_litellm",
+    "integrations",
+    "limiters",
+    "metrics",
+    "pools",
+    "routing",
+    "tokens",
+}
 PAGE = re.compile(r"(?:``)?\bdocs/([\w-]+)\.md(?:``)?")
 log = logging.getLogger(__name__)
 
@@ -86,9 +95,7 @@ def _check(app: Sphinx, env: BuildEnvironment) -> None:
         log.warning("the reference does not have %s: name it in a page of docs/reference/", name)
 
 
-def _skip(
-    app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any
-) -> bool | None:
+def _skip(app: Sphinx, what: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
     if what not in ("class", "exception") or name.startswith("_"):
         return None
     data = app.env.temp_data
@@ -125,7 +132,8 @@ def _docstring(
     """Files of docs/ become links, and "per: seconds" begins what is said of an argument."""
     text = PAGE.sub(r":doc:`/\1`", "\n".join(lines))
     try:
-        names = "|".join(each for each in inspect.signature(value).parameters if each != "self")
+        parameters = inspect.signature(value).parameters
+        names = "|".join(each.rstrip("_") for each in parameters if each != "self")
     except (TypeError, ValueError):
         names = ""
     if names:
