@@ -5,11 +5,12 @@ Sphinx's own index leaves out numbers (429), and takes `-9` for "without 9".
 
 from __future__ import annotations
 
-import asyncio
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
-from pagefind.index import IndexConfig, PagefindIndex
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
@@ -19,6 +20,11 @@ BODY = re.compile(r'<article role="main"[^>]*>(.*)</article>', re.DOTALL)
 TITLE = re.compile(r"<title>(.*?)</title>", re.DOTALL)
 
 
+def _entry(found: re.Match[str]) -> str:
+    name = found[1].removeprefix("fast_litellm_shm.")
+    return f'<h4 id="{found[1]}">{name}</h4><p>{found[2]}</p>'
+
+
 def _indexed(html: str, words: str, weight: float) -> str:
     """The page as the index reads it: headings have the anchors, and so have entries of the
     reference; `words` are what a reader may type for it."""
@@ -26,7 +32,7 @@ def _indexed(html: str, words: str, weight: float) -> str:
     title = TITLE.search(html)
     assert body and title
     text = HEADING.sub(r'<section>\2 id="\1">', body[1])
-    text = ENTRY.sub(r'<h4 id="\1">\2</h4>', text)
+    text = ENTRY.sub(_entry, text)
     return (
         f'<html lang="en"><head><title>{title[1]}</title></head><body>'
         f'<div data-pagefind-body data-pagefind-weight="{weight}">{text}'
@@ -34,24 +40,36 @@ def _indexed(html: str, words: str, weight: float) -> str:
     )
 
 
-async def _write(app: Sphinx, out: Path) -> None:
-    settings = IndexConfig(
-        exclude_selectors=["a.headerlink", "div.toctree-wrapper"],
-        output_path=str(out / "pagefind"),
-        include_characters="_",
-        force_language="en",
-    )
-    async with PagefindIndex(config=settings) as index:
-        for name in sorted(app.env.found_docs):
+def _write(app: Sphinx, out: Path) -> None:
+    """By Pagefind's program: its Python API may end before all is on the disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in app.env.found_docs:
             html = (out / f"{name}.html").read_text(encoding="utf-8")
             words = app.config.search_words.get(name, "")
             weight = 0.3 if name in app.config.search_last else 1.0
-            await index.add_html_file(content=_indexed(html, words, weight), url=f"{name}.html")
+            page = Path(folder, f"{name}.html")
+            page.parent.mkdir(exist_ok=True)
+            page.write_text(_indexed(html, words, weight), encoding="utf-8")
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pagefind", "--site", folder),
+                *("--output-path", out / "pagefind", "--exclude-selectors", "a.headerlink"),
+                *(
+                    "--include-characters",
+                    "_",
+                    "--force-language",
+                    "en",
+                    "--keep-index-url",
+                    "--quiet",
+                ),
+            ],
+            check=True,
+        )
 
 
 def _build(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.name == "html":
-        asyncio.run(_write(app, Path(app.outdir)))
+        _write(app, Path(app.outdir))
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

@@ -24,7 +24,7 @@ return [...document.querySelectorAll("#search-results > li > a")]
 """
 FOUND = {
     "gunicorn": "tutorial.html",
-    "retry after": "web.html",
+    "retry after": "cookbook.html",
     "redis": "cluster.html",
     "429": "web.html",
     "budget": "budgets.html",
