@@ -138,7 +138,7 @@ def _docstring(
         names = ""
     if names:
         text = re.sub(
-            rf"(?<![\w`*.:({{\"'])((?:{names})(?:, (?:{names}))*):(?= |$)",
+            rf"(?:^|(?<=[.;] ))((?:{names})(?:, (?:{names}))*):(?= |$)",
             lambda found: ", ".join(f"**{each}**" for each in found[1].split(", ")) + ":",
             text,
             flags=re.MULTILINE,
