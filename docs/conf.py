@@ -35,6 +35,7 @@ myst_heading_anchors = 4  # the anchors that a git host makes too
 myst_enable_extensions = ["colon_fence"]
 
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"fast_litellm_shm {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
