@@ -155,12 +155,12 @@ class Axes:
             self.picture.dot(self.x(at), 190, admitted)
 
 
-# Seconds: a burst before an edge of the windows, one after it, and then a steady stream.
+# Seconds, none of them at an instant where a token comes back: a burst before an edge of the windows, one after it, and then a steady stream.
 BURSTS = [
     0.0,
-    *(7.5 + 0.4 * i for i in range(6)),
-    *(10.2 + 0.4 * i for i in range(6)),
-    *(15.0 + 0.75 * i for i in range(14)),
+    *(7.5 + 0.41 * i for i in range(6)),
+    *(10.2 + 0.41 * i for i in range(6)),
+    *(15.1 + 0.75 * i for i in range(14)),
 ]
 
 
@@ -168,10 +168,13 @@ def play(
     limiter: RateLimiter, clock: Clock, times: list[float], until: float
 ) -> tuple[list[tuple[float, bool]], list[tuple[float, float]]]:
     """Each request, with whether it was admitted; and what was left all along, tenth by tenth."""
+    # Sliding windows begin at multiples of their period since the segment was made: so do these
+    # requests, and 1 ms later, however long it took until the clock stood still.
+    clock.advance(10 * (clock.seconds // 10 + 1) + 0.001 - clock.seconds)
     begun = clock.seconds
     outcomes: list[tuple[float, bool]] = []
     left: list[tuple[float, float]] = []
-    for at in sorted({*times, *(i / 10 for i in range(round(until * 10) + 1))}):
+    for at in sorted({*times, *(i / 10 + 0.0005 for i in range(round(until * 10)))}):
         clock.advance(max(0.0, at - (clock.seconds - begun)))
         for call in range(1 + (at in times)):
             if call:
