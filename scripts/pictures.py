@@ -155,7 +155,8 @@ class Axes:
             self.picture.dot(self.x(at), 190, admitted)
 
 
-# Seconds, none of them at an instant where a token comes back: a burst before an edge of the windows, one after it, and then a steady stream.
+# Seconds: a burst before an edge of the windows, one after it, and then a steady stream. None is an
+# instant at which a token comes back: a nanosecond would decide.
 BURSTS = [
     0.0,
     *(7.5 + 0.41 * i for i in range(6)),
