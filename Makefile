@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 test-wheels wheels wheels-built wheels-tested lint format lib build bench bench-proxy instructions scaling clean
+.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -90,7 +90,14 @@ test-dashboard: ## test: the page of fast-shm dashboard in headless Chromium
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) dashboard-page
 
 dashboard-page: $(VENV)/.dashboard-tests
-	$(PYTEST) tests/browser
+	$(PYTEST) tests/browser/test_page.py
+
+test-docs: docs ## test: the site of the docs, which it builds, in headless Chromium: the search, each page
+	@command -v chromedriver >/dev/null || { echo "needs chromium: apt-get install chromium chromium-driver"; exit 1; }
+	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) site-pages
+
+site-pages: $(VENV)/.dashboard-tests
+	$(PYTEST) tests/browser/test_site.py
 
 test-spellings: ## test: no spelling of a request passes a limit: frameworks and servers (from PyPI); SPELLINGS=20000 SPELLINGS_SEED=2
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) spellings
@@ -149,6 +156,7 @@ environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
+	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) $(DOCS_VENV)/.docs
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one
@@ -181,6 +189,15 @@ wheels: ## build: dist/: the sdist, and wheels for glibc and musl on x86-64 and 
 
 wheels-built: $(VENV)/.wheels
 	$(VENV)/bin/python scripts/wheels.py $(WHEELS)
+
+# -E: a page that is not read again could not warn again.
+DOCS_VENV ?= $(VENV)-docs
+docs: ## build: the site of the docs, build/docs/index.html, in a venv of its own; a warning is an error
+	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) docs-site
+
+docs-site: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -E -W -n --keep-going -q -j auto -d $(BUILD)/doctrees docs $(BUILD)/docs
+	@echo "the site is $(BUILD)/docs/index.html"
 
 instructions: $(BUILD)/hot ## bench: do the hot paths take more instructions than they did? INSTRUCTIONS=--renew
 	@command -v valgrind >/dev/null || { echo "needs valgrind: apt-get install valgrind"; exit 1; }

@@ -16,6 +16,17 @@ from fast_litellm_shm._shared.native import ffi, lib
 if TYPE_CHECKING:
     from decimal import Decimal
 
+__all__ = [
+    "FixedWindow",
+    "Limit",
+    "SlidingWindow",
+    "TokenBucket",
+    "Window",
+    "describe",
+    "parse",
+    "parse_all",
+]
+
 _NS = 1_000_000_000
 _PERIOD_NAMES = {1: "second", 60: "minute", 3600: "hour", 86400: "day"}
 # Of the calendar: the usual length, in seconds, and the longest.

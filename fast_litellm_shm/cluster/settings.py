@@ -36,8 +36,8 @@ class Cluster:
     call waits for the server at most, 0.001 .. 60. prefix: of the server's keys; hosts with
     different prefixes count apart.
 
-    repr(), messages and pickles contain no password: a copy finds its own where it is unpickled
-    (:func:`restored`). Raises ValueError or TypeError for bad arguments.
+    repr(), messages and pickles contain no password: a copy finds its own where it is unpickled.
+    Raises ValueError or TypeError for bad arguments.
     """
 
     url: str

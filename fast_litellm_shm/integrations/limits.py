@@ -53,6 +53,8 @@ from fast_litellm_shm.exceptions import FastShmError, SegmentError
 from fast_litellm_shm.limiters.rate import RateLimiter
 from fast_litellm_shm.limits import FixedWindow, SlidingWindow
 
+__all__ = ["AsyncShmStorage", "ShmStorage"]
+
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DAYS = 400 * 86_400  # of the limiters' limits, which are never used: each call brings its own

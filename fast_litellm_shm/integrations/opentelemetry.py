@@ -31,6 +31,8 @@ from fast_litellm_shm.metrics import Snapshot
 from fast_litellm_shm.metrics.families import Family, Histogram, Row, Value, collected
 from fast_litellm_shm.metrics.source import Sources
 
+__all__ = ["instrument"]
+
 _SCOPE = "fast_shm"  # of the meter, and what attributes begin with
 _STALE = 1.0  # seconds: a collection takes less, and the pause between two is longer
 

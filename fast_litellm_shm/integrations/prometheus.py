@@ -31,6 +31,8 @@ from fast_litellm_shm.metrics.families import Family, Histogram, Row, collected
 from fast_litellm_shm.metrics.prometheus_text import BOUNDS
 from fast_litellm_shm.metrics.source import Sources
 
+__all__ = ["FastShmCollector", "register"]
+
 
 class FastShmCollector(Collector):
     """The numbers of one segment, or of several, at each scrape.

@@ -83,7 +83,7 @@ def limits_of(rate: Any) -> tuple[LimitSpec, ...]:
 class SimpleRateThrottle(throttling.SimpleRateThrottle):
     """The base of the others, as in the framework: a subclass says ``get_cache_key()``.
 
-    ``rate``, or DEFAULT_THROTTLE_RATES by ``scope``: see :func:`limits_of`; None: not limited. All
+    ``rate``, or DEFAULT_THROTTLE_RATES by ``scope``: see ``docs/django.md``; None: not limited. All
     throttles of one scope share their counts; one with a ``rate`` of its own counts apart.
     ``on_error``: ``"deny"`` or ``"allow"`` requests that cannot be checked; ``segment``,
     ``cluster``: as of a RateLimiter.

@@ -374,7 +374,7 @@ class SimpleTokenCounter:
         tenant: str | bytes | None = None,
     ) -> int:
         """The tokens of a chat: what ``litellm.token_counter(model=model, messages=messages, ...)``
-        returns, whose arguments these are. See :mod:`fast_litellm_shm.tokens.chat` for its rules,
+        returns, whose arguments these are. ``docs/tokens.md`` has its rules,
         and where it differs. Raises ValueError for messages that cannot be counted.
         """
         found = chat.encoding_name(model) if self._default_encoding == encoding.DEFAULT else None

@@ -1,5 +1,5 @@
-"""The blocks of docs/celery.md run, as they stand. (Those that need no framework, or Django alone:
-tests/packaging/test_readme.py.)"""
+"""The blocks of docs/celery.md and docs/coming-from.md that need Celery or RQ run, as they stand.
+(Those that need no framework, or Django alone: tests/packaging/test_readme.py.)"""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```py\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = BLOCK.findall((ROOT / "docs" / "celery.md").read_text(encoding="utf-8"))
+BLOCKS = [
+    block
+    for page in ("celery.md", "coming-from.md")
+    for block in BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_block_runs(number: int, segment_name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", BLOCKS[number]],
@@ -34,4 +38,4 @@ def test_block_runs(number: int, segment_name: str) -> None:
 
 
 def test_all_blocks_are_here() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import NoSuchElementException
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.keys import Keys
 from support.dashboard import Dashboard
 from support.puppets import Puppet
@@ -24,21 +22,6 @@ from support.waiting import wait_until
 from fast_litellm_shm import Budget, ConcurrencyLimiter, Limit, RateLimiter, Segment, Window
 from fast_litellm_shm._shared.wait_queue import ALIKE
 
-BROWSERS, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-dev-shm-usage",
-    "--window-size=1280,900",
-)
-# No name is looked up: whatever the page needs, it has from the address that it is opened by.
-OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
 HOSTILE = [
     "<script>window.hacked=1</script>",
     "<img src=x onerror=window.hacked=1>",
@@ -98,23 +81,6 @@ class Page:
     def click(self, selector: str) -> None:
         """The first that fits."""
         self.browser.find_element("css selector", selector).click()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    binary = next(filter(None, map(shutil.which, BROWSERS)), None)
-    driver = shutil.which(DRIVER)
-    assert binary and driver, (
-        "needs chromium and its driver: apt-get install chromium chromium-driver"
-    )
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for flag in (*FLAGS, OFFLINE, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(driver))
-    yield made
-    made.quit()
 
 
 @pytest.fixture

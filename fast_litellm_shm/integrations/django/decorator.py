@@ -64,11 +64,11 @@ def limited(
         class Login(LoginView): ...
 
     limits: 1 to 4, as of a :class:`Rule`. key: ``"user_or_address"`` (or ``"user_or_ip"``),
-    ``"address"`` (or ``"ip"``), or a function of a :class:`fast_litellm_shm.integrations.web.
-    Request`, whose ``raw`` is Django's. If the function returns None, the request is not limited.
-    methods: the methods that are limited; default: all. name: views with the same name share their
-    counts; by default each view has counts of its own. The other arguments: as of a rule, and of
-    the middleware.
+    ``"address"`` (or ``"ip"``), or a function of a
+    :class:`~fast_litellm_shm.integrations.web.Request`, whose ``raw`` is Django's. If the
+    function returns None, the request is not limited. methods: the methods that are limited;
+    default: all. name: views with the same name share their counts; by default each view has counts
+    of its own. The other arguments: as of a rule, and of the middleware.
 
     A denied request is answered with 429, ``Retry-After`` and a JSON body; where the limit cannot
     be checked, with 503. The view is not called.

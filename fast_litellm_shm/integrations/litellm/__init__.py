@@ -6,8 +6,7 @@
 This covers the limits in LiteLLM's own settings: requests and tokens a minute, and parallel
 requests, of keys, users, teams, team members, end users, organizations, of their models, and of
 deployments. With FAST_LITELLM_SHM_CLUSTER, they hold over all hosts. And it covers LiteLLM's
-budgets. Other settings: :mod:`fast_litellm_shm.integrations.litellm.settings`. For operators:
-docs/litellm.md.
+budgets. For operators, with all settings: docs/litellm.md.
 
 Without the proxy, :func:`share` does the same for a ``litellm.Router`` in the workers of any
 application.
@@ -32,7 +31,7 @@ def share(router: Any, *, limits: bool = True, state: bool = True) -> None:
     ``rpm`` and ``tpm``, if the router has ``optional_pre_call_checks=
     ["enforce_model_rate_limits"]``, or ``litellm.fast_litellm_shm = {"deployment_limits": True}``
     is set. state: it picks deployments by what all workers know: cooldowns, requests in flight,
-    latencies and usage (details: :mod:`.router.sharing`).
+    latencies and usage (docs/litellm.md).
 
     Call it in each worker, or before they fork; a second call is harmless. It needs no segment yet,
     and never raises: what cannot be shared is logged, and each worker keeps it to itself.

@@ -46,7 +46,7 @@ class Request:
         self.path = self.readings.path
 
     def header(self, name: str) -> str | None:
-        """The header's value; several lines are joined by ``, ``; None: there is none."""
+        """The header's value; several lines are joined by a comma; None: there is none."""
         raise NotImplementedError
 
     def repeats(self, name: str) -> bool:

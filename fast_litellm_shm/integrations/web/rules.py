@@ -57,9 +57,8 @@ class Rule:
     path: a pattern, in which ``{name}`` stands for one segment and ``*`` for anything; or a
     compiled regular expression, which must match the whole path; None: every path.
     methods: names of methods; GET includes HEAD; a websocket handshake is ``WEBSOCKET``; None: all.
-    key: a function that says whom a request counts for, see
-    :mod:`fast_litellm_shm.integrations.web.keys`. If it returns None, the request is **not
-    limited**: the rules after this one are not checked either.
+    key: a function that says whom a request counts for, see ``docs/web.md``. If it returns None,
+    the request is **not limited**: the rules after this one are not checked either.
     cost: what a request consumes, 0 or more; or a tuple with one cost for each limit; or a function
     of the request that returns either.
     in_flight: how many requests of a key may be in flight at the same time; a request is in flight
