@@ -63,6 +63,11 @@ static Py_ssize_t limit_count(Core *self) {
   return count;
 }
 
+static int core_costs(Core *self, PyObject *cost, uint64_t *costs) {
+  const int each = PyTuple_Check(cost) || PyList_Check(cost);
+  return get_costs(each ? limit_count(self) : 0, cost, costs);
+}
+
 static int call_void(PyObject *self, const char *method, int status) {
   return done(PyObject_CallMethod(self, method, "i", status));
 }
@@ -108,7 +113,7 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
   key_arg k;
   uint64_t costs[FSHM_MAX_LIMITS];
   if (bound(self) || get_key(key, &k)) return -1;
-  if (cost && get_costs(limit_count(self), cost, costs)) {
+  if (cost && core_costs(self, cost, costs)) {
     Py_XDECREF(k.held);
     return -1;
   }
@@ -284,7 +289,7 @@ static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, 
   if (!r) return NULL;
   r->key = r->handle = NULL;
   r->held = 0;
-  if (bound(self) || get_costs(limit_count(self), in[1], r->costs) || get_key(in[0], &k)) {
+  if (bound(self) || core_costs(self, in[1], r->costs) || get_key(in[0], &k)) {
     Py_DECREF((PyObject *)r);
     return NULL;
   }
@@ -437,7 +442,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   else if (parse("acquire", args, n, kw, key_cost, in, 2, 1))
     return NULL;
   if (bound(self) || watch_call(&self->measure.watch)) return NULL;
-  if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
+  if (in[1] && core_costs(self, in[1], costs)) return NULL;
   Permit *p = make_permit(self->handle, self->limiter);
   if (!p) return NULL;
   if (get_own_key(self, in[0], &k)) {
@@ -479,8 +484,8 @@ static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
   PyObject *key, *cost;
   uint64_t costs[FSHM_MAX_LIMITS];
   key_arg k;
-  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) ||
-      get_costs(limit_count(self), cost, costs) || get_own_key(self, key, &k))
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) || core_costs(self, cost, costs) ||
+      get_own_key(self, key, &k))
     return NULL;
   fshm_decision d;
   fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
@@ -617,7 +622,7 @@ static int acquire_many(Core *self, PyObject *keys, PyObject *const *args) {
     if (each || !i) { /* held: its __index__() may take it out of the list */
       PyObject *cost = each ? PySequence_GetItem(args[1], i) : args[1];
       if (!each) Py_INCREF(cost);
-      int wrong = !cost || get_costs(limit_count(self), cost, costs);
+      int wrong = !cost || core_costs(self, cost, costs);
       Py_XDECREF(cost);
       if (wrong) return -1;
     }

@@ -37,8 +37,7 @@ typedef struct {
   plan_of_list *plans[PLANS];
 } RouterCore;
 
-static void plan_drop(plan_of_list *p) {
-  if (!p || --p->users) return;
+static void plan_free(plan_of_list *p) {
   for (Py_ssize_t i = 0; i < p->length; i++) Py_XDECREF(p->items[i]);
   for (Py_ssize_t i = 0; i < p->count; i++) Py_XDECREF(p->names[i]);
   Py_XDECREF(p->model);
@@ -87,14 +86,15 @@ static plan_of_list *plan_of(PyObject *list, PyObject *model, PyObject *rows) {
     Py_XDECREF(row);
     if (ok && p->at[i] >= 0 && p->at[i] < length) continue;
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "_plan() gave a wrong row");
-    plan_drop(p);
+    plan_free(p);
     return NULL;
   }
   return p;
 }
 
-static int plan_fits(const plan_of_list *p, PyObject *list, PyObject *model, Py_ssize_t length,
-                     uint64_t now) {
+/* The caller is alone with the list: another thread may shorten it, and its items go with it. */
+static int plan_fits(const plan_of_list *p, PyObject *list, PyObject *model, uint64_t now) {
+  const Py_ssize_t length = PyList_Size(list);
   if (!p || p->length != length || now - p->made > PLAN_NS) return 0;
   if (p->model != model && PyUnicode_Compare(p->model, model)) return 0;
   for (Py_ssize_t i = 0; i < length; i++)
@@ -123,9 +123,12 @@ static int mark_blocked(plan_of_list *p, PyObject *blocked) {
 }
 
 static void plan_done(RouterCore *self, plan_of_list *p) {
+  int last;
+  if (!p) return;
   ALONE_BEGIN(self);
-  plan_drop(p);
+  last = !--p->users;
   ALONE_END();
+  if (last) plan_free(p); /* which may run any Python */
 }
 
 static PyObject *pick(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
@@ -148,7 +151,7 @@ static plan_of_list *make_plan(RouterCore *self, PyObject *list, PyObject *model
     ALONE_BEGIN(self);
     plan_of_list **kept = &self->plans[self->next++ % PLANS];
     for (int i = 0; i < PLANS; i++) /* preferably the plan that this one replaces */
-      if (self->plans[i] && plan_fits(self->plans[i], list, model, p->length, self->plans[i]->made))
+      if (self->plans[i] && plan_fits(self->plans[i], list, model, self->plans[i]->made))
         kept = &self->plans[i];
     old = *kept;
     p->made = now;
@@ -187,15 +190,14 @@ static int get_blocked(PyObject *given, PyObject **out) {
 
 static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObject *blocked) {
   uint64_t now = fshm_clock();
-  Py_ssize_t length = PyList_Size(list);
   plan_of_list *p = NULL;
-  ALONE_BEGIN(self);
+  BOTH_BEGIN(self, list);
   for (int i = 0; i < PLANS && !p; i++)
-    if (plan_fits(self->plans[i], list, model, length, now)) p = self->plans[i];
+    if (plan_fits(self->plans[i], list, model, now)) p = self->plans[i];
   if (p) p->users++;
-  ALONE_END();
+  BOTH_END();
   if (!p) {
-    PyObject *copy = PyList_GetSlice(list, 0, length); /* no other thread can change it */
+    PyObject *copy = PyList_GetSlice(list, 0, PY_SSIZE_T_MAX); /* no other thread can change it */
     p = copy ? make_plan(self, copy, model, now) : NULL;
     PyObject *plain = NULL;
     if (!p && copy && !PyErr_Occurred())
@@ -275,7 +277,7 @@ static int router_traverse(PyObject *o, visitproc visit, void *arg) {
 static void router_dealloc(PyObject *o) {
   RouterCore *self = (RouterCore *)o;
   PyObject_GC_UnTrack(o);
-  for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
+  for (int i = 0; i < PLANS; i++) plan_done(self, self->plans[i]);
   Py_XDECREF(self->handle);
   end_derived(o);
 }
