@@ -30,7 +30,7 @@
 #define RESERVED_WAYS 4 /* entries where a key can be: one line */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index, in each lane */
-#define LANES 4 /* threads that run at the same time spread over them (counters.h). A power of two */
+#define LANES 4 /* of a process index: counters.h. A power of two */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
 #define RULES 16
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */

@@ -9,6 +9,7 @@
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
+#include "py_own_limits.h"
 #include "py_plans.h"
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
@@ -42,13 +43,13 @@ typedef struct {
 
 static PyTypeObject *core_type;
 
-static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full;
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_admitted;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
 
-/* A new reference to the present limits. */
-static PyObject *limits_of(Core *self) {
+/* A new reference to the tuple of the present limits. */
+static PyObject *limits_itself(Core *self) {
   PyObject *limits;
   ALONE_BEGIN(self);
   limits = Py_NewRef(self->limits);
@@ -56,8 +57,18 @@ static PyObject *limits_of(Core *self) {
   return limits;
 }
 
+/* A new reference to the present limits, for a decision. */
+static PyObject *limits_of(Core *self) {
+#ifdef Py_GIL_DISABLED
+  PyObject *found = own_limits_find(RELAXED_GET(self->limits));
+  return likely(found != NULL) ? found : own_limits_copy(limits_itself(self));
+#else
+  return limits_itself(self);
+#endif
+}
+
 static Py_ssize_t limit_count(Core *self) {
-  PyObject *limits = limits_of(self);
+  PyObject *limits = limits_itself(self);
   Py_ssize_t count = PyTuple_Size(limits);
   Py_DECREF(limits);
   return count;
@@ -197,7 +208,7 @@ static PyObject *acquire_by_plan(PyObject *self, PyObject *const *args, Py_ssize
   fshm_decision d;
   uint32_t plan;
   int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
-  if (known > 0) return make_decision(Py_NewRef(((Core *)self)->plans.plans[plan].limits), &d);
+  if (known > 0) return make_decision(own_limits_of(((Core *)self)->plans.plans[plan].limits), &d);
   return known ? NULL : by_plan(self, args, n, kw, core_acquire);
 }
 static PyObject *is_allowed_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
@@ -370,11 +381,26 @@ static int set_item(PyObject *dict, PyObject *name, PyObject *value) {
   return failed;
 }
 
+/* The dict of check(), but for the numbers. Without a GIL it is made anew: a copy would wait for the lock of the dict that
+ * all threads copy. */
+static PyObject *check_dict(int allowed) {
+#ifdef Py_GIL_DISABLED
+  PyObject *out = PyDict_New();
+  if (out && (PyDict_SetItem(out, s_allowed, allowed ? Py_True : Py_False) ||
+              PyDict_SetItem(out, s_reason, allowed ? s_admitted : s_full) ||
+              PyDict_SetItem(out, s_remaining, Py_None)))
+    Py_CLEAR(out);
+  return out;
+#else
+  return PyDict_Copy(allowed ? check_allowed : check_denied);
+#endif
+}
+
 static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   fshm_decision d;
   if (decide_default(self, FSHM_ACQUIRE, "check", args, n, kw, &d)) return NULL;
   int allowed = d.status == FSHM_ALLOWED;
-  PyObject *out = PyDict_Copy(allowed ? check_allowed : check_denied);
+  PyObject *out = check_dict(allowed);
   if (!out) return NULL;
   int failed = set_item(out, s_remaining, PyLong_FromUnsignedLongLong(d.remaining));
   if (!failed && !allowed) {
@@ -666,7 +692,7 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   ALONE_BEGIN(self);
   old_limits = self->limits;
   old_reasons = self->reasons;
-  self->limits = Py_NewRef(limits);
+  RELAXED_SET(self->limits, Py_NewRef(limits));
   self->reasons = Py_NewRef(reasons);
   if (!self->handle) {
     self->handle = Py_NewRef(handle);
@@ -796,14 +822,14 @@ static PyObject *core_get_limits(PyObject *o, UNUSED void *unused) {
   Core *self = (Core *)o;
   uint64_t version;
   if (!self->limiter) Py_RETURN_NONE;
-  if (limiter_version(self->limiter) == RELAXED_GET(self->version)) return limits_of(self);
+  if (limiter_version(self->limiter) == RELAXED_GET(self->version)) return limits_itself(self);
   fshm_limit now[FSHM_MAX_LIMITS]; /* another process has changed them */
   if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
       version != RELAXED_GET(self->version)) {
     RELAXED_SET(self->version, version);
     if (call_void(o, "_limits_changed", 0)) return NULL;
   }
-  return limits_of(self);
+  return limits_itself(self);
 }
 
 /* No tp_clear: a __del__() must find a working object, and dicts break the cycles. */
@@ -889,9 +915,11 @@ static int make_constants(void) {
   s_retry = PyUnicode_InternFromString("retry_after_ms");
   s_default = PyUnicode_InternFromString("default");
   s_full = PyUnicode_InternFromString("Rate limit exceeded");
-  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full) return -1;
-  check_allowed = Py_BuildValue("{OOOsOO}", s_allowed, Py_True, s_reason, "Request allowed",
-                                s_remaining, Py_None);
+  s_admitted = PyUnicode_InternFromString("Request allowed");
+  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full || !s_admitted)
+    return -1;
+  check_allowed =
+      Py_BuildValue("{OOOOOO}", s_allowed, Py_True, s_reason, s_admitted, s_remaining, Py_None);
   check_denied =
       Py_BuildValue("{OOOOOO}", s_allowed, Py_False, s_reason, s_full, s_remaining, Py_None);
   return check_allowed && check_denied ? 0 : -1;

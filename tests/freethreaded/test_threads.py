@@ -89,6 +89,7 @@ def test_limits_that_change_under_calls(segment: Segment) -> None:
     together(work)
 
 
+@pytest.mark.filterwarnings("ignore:a permit was dropped:ResourceWarning")  # one that was replaced
 def test_permits_and_admissions(segment: Segment) -> None:
     limiter = ConcurrencyLimiter(THREADS - 1, name="c", segment=segment)
     quota = Quota(rpm=2**31 - 1, max_parallel=THREADS - 1, name="q", segment=segment)
