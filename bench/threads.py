@@ -1,8 +1,9 @@
 """How many checks a second do 1 to 8 threads of one process get together, and is the limit kept?
 
 As for processes, without those that take tens of microseconds a check. Threads share the
-interpreter's lock, so nobody can gain from them: what is seen is what is lost. Then ours on a Python without
-that lock, which `make test-free-threaded` installs: one limiter, and a bound method for each thread.
+interpreter's lock, so nobody can gain from them: what is seen is what is lost. Then ours on a
+Python without that lock, which `make test-free-threaded` installs: one limiter, and a bound method
+for each thread.
 """
 
 from __future__ import annotations
