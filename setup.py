@@ -19,8 +19,8 @@ if sys.implementation.name != "cpython":
 from setuptools import setup
 
 # One wheel for 3.10 and all later ones; those without a GIL have one each. From 3.15 on these could
-# share one too, of the ABI abi3t (PEP 803). PyObject is opaque there, and each struct of the types in
-# csrc/python begins with one: PyObject_GetTypeData() would have to find it; 3.10 does not have that.
+# share one too, of the ABI abi3t (PEP 803). PyObject is opaque there, and the structs of types of
+# csrc/python begin with one: PyObject_GetTypeData() would have to find them, which 3.10 has not.
 one_wheel = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 
 setup(cffi_modules=["csrc/build.py:ffibuilder"], options={"bdist_wheel": one_wheel})
