@@ -24,10 +24,11 @@ from fast_litellm_shm import (
     Segment,
     SimpleConnectionPool,
     Window,
+    _native,
     record_performance,
 )
 from fast_litellm_shm._shared.native import Counts, Memo, address
-from fast_litellm_shm.tokens.vocabulary import _native, _records
+from fast_litellm_shm.tokens.vocabulary import _records
 
 THREADS, CALLS = 4, 20_000
 A = "https://a.example"
@@ -228,6 +229,7 @@ def test_permits_are_never_more_than_the_limit(segment: Segment) -> None:
     learned = AdaptiveConcurrency(
         name="a", initial=THREADS - 2, min=1, max=THREADS - 2, segment=segment
     )
+    both: tuple[Any, Any] = (limiter, learned)
     held, lock = [0, 0], threading.Lock()
 
     def count(which: int, by: int) -> None:
@@ -237,7 +239,7 @@ def test_permits_are_never_more_than_the_limit(segment: Segment) -> None:
 
     def work(_: int) -> None:
         for _ in range(CALLS // 20):
-            for which, each in enumerate((limiter, learned)):
+            for which, each in enumerate(both):
                 with each.slot("k", timeout=60):
                     count(which, 1)
                     count(which, -1)
