@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested
+.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested test-free-threaded free-threaded
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -120,21 +120,23 @@ test-apps: ## test: real applications of each framework, with real workers; in a
 apps: $(VENV)/.apps-tests
 	$(PYTEST) -n 4 --dist loadfile tests/apps # most of it waits
 
-# A copy of the tree, so that the usual build stays as it is. cffi declares from 2.0 on that it needs no GIL, for
-# Python 3.14 and later; for 3.13 there is 1.17, and PYTHON_GIL=0 keeps it off.
+# Its extension lies beside the usual one, under another name. PYTHON_GIL=0: the GIL stays off, also where a package says
+# nothing about it. FREE_THREADED: some of the tests. Left out are those of what has no release for such a Python (gevent,
+# LiteLLM), of C, of programs that are only started, and those that test-py leaves out.
 FREETHREADED ?= $(firstword $(foreach v,3.15t 3.14t 3.13t,$(shell command -v python$(v))))
-FT_TREE = $(BUILD)/freethreaded
-test-freethreaded: ## test: threads without the GIL (needs a free-threaded Python: FREETHREADED=/path/to/python3.14t)
-	@test -n "$(FREETHREADED)" || { echo "there is no python3.13t or later here: build CPython with --disable-gil, \
-	and say make test-freethreaded FREETHREADED=/path/to/python3.14t"; exit 1; }
-	@rm -rf $(FT_TREE) && mkdir -p $(FT_TREE) && cp -R csrc fast_litellm_shm tests setup.py pyproject.toml README.md LICENSE \
-	  MANIFEST.in $(FT_TREE) && rm -f $(FT_TREE)/fast_litellm_shm/*.so
-	$(FREETHREADED) -m venv $(FT_TREE)/venv
-	cffi=$$($(FREETHREADED) -c 'import sys; print("cffi>=2" if sys.version_info >= (3, 14) else "cffi<2")') && \
-	  $(FT_TREE)/venv/bin/python -m pip --disable-pip-version-check --quiet install "$$cffi" setuptools pytest
-	cd $(FT_TREE) && venv/bin/python setup.py -q build_ext --inplace
-	cd $(FT_TREE) && PYTHON_GIL=0 PYTHONPATH=.:tests venv/bin/python -m pytest -q -p no:cacheprovider -o addopts= \
-	  tests/freethreaded
+FREE_THREADED ?= $(addprefix tests/,freethreaded limiters pools routing shared changes durable metrics cli testing \
+  integrations tokens test_api_names.py test_docstrings.py test_light_import.py test_limits.py)
+WITHOUT_GIL = $(addprefix --ignore=tests/,integrations/litellm) -k 'not gevent'
+test-free-threaded: ## test: the tests on a Python without the GIL. FREETHREADED=/path/to/python3.14t, or one is built, once, in 5 minutes
+	@python="$(FREETHREADED)"; test -n "$$python" || python=$$(scripts/free_threaded_python) || exit 1; \
+	wheels=$$(dirname "$$python")/../wheels; \
+	if [ -d "$$wheels" ]; then export PIP_FIND_LINKS="$$wheels" UV_FIND_LINKS="$$wheels"; fi; \
+	PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded free-threaded
+
+test-freethreaded: test-free-threaded # its former name
+
+free-threaded: $(VENV)/.test-free-threaded
+	$(PYTEST) -n auto $(WITHOUT_GIL) $(FREE_THREADED)
 
 # PYTHONS: of x86-64, by their paths; those that are found, if it is empty.
 test-wheels: ## test: make wheels, and each of them on its platform: every CPython that is found, qemu, musl; WHEELS=manylinux-x86_64

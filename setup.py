@@ -9,9 +9,18 @@ if sys.platform == "win32":  # before anything is imported that may say it less 
         "use WSL 2 or Linux."
     )
 
+if sys.implementation.name != "cpython":
+    raise SystemExit(
+        "fast_litellm_shm needs CPython and does not run on "
+        f"{sys.implementation.name}: its types are written against CPython's own C API. "
+        "Use CPython 3.10 or later."
+    )
+
 from setuptools import setup
 
-# One wheel for 3.10 and all later ones; those without a GIL have one each.
+# One wheel for 3.10 and all later ones; those without a GIL have one each. From 3.15 on these could
+# share one too, of the ABI abi3t (PEP 803). PyObject is opaque there, and the structs of types of
+# csrc/python begin with one: PyObject_GetTypeData() would have to find them, which 3.10 has not.
 one_wheel = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
 
 setup(cffi_modules=["csrc/build.py:ffibuilder"], options={"bdist_wheel": one_wheel})

@@ -21,6 +21,7 @@ PROMISES = (
     "`check(key)` with its dict, admitted",
     "the C call against bare clock + one swap",
     "two processes, one hot key, admitted/s",
+    "two threads without the GIL / one, own keys",
     "bytes a key, `SimpleRateLimiter`",
     "first check of a new key",
     "check at 10 million keys against 1,000",

@@ -25,7 +25,7 @@
 
 /* [cdef begin] */
 
-#define FSHM_LAYOUT_VERSION 5
+#define FSHM_LAYOUT_VERSION 6
 /* The lock is held; whether it dumps core cannot be seen (another pid namespace). */
 #define FSHM_ALIVE_BY_LOCK 2
 #define FSHM_MAX_LIMITS 4        /* limits of one limiter */

@@ -159,7 +159,7 @@ static COLD int put_shared(call_t *c, uint32_t i, look_t *l, uint32_t op) {
 static COLD int tell_shared(const call_t *c, uint32_t process, int status, bool counts,
                             fshm_decision *out) {
   if (counts && c->counters < COUNTERS)
-    (void)add_relaxed(&counters_row(c->s, process)->of[c->counters].shared, 1);
+    (void)add_relaxed(&counters_here(c->s, process, c->counters)->shared, 1);
   if (!out)
     return status == FSHM_ALLOWED ? SHARED_ALLOWED : status == FSHM_DENIED ? SHARED_DENIED : status;
   out->shared = 1;

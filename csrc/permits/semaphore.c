@@ -635,7 +635,8 @@ UNGUARDED int fshm_permit_idle(fshm_limiter *l, fshm_permit *p, int idle) {
   if (!own_identity(s, &identity) || (p->when & IDENTITY_MASK) != identity) return 0;
   pair_t seen = {p->who, p->when}, next = {p->who, to};
   if (!pair_cas(&s->slots[p->slot], &seen, next)) return 0;
-  p->when = to;
+  /* A thread of this process may ask fshm_permit_held() meanwhile. */
+  __atomic_store_n(&p->when, to, __ATOMIC_RELAXED);
   return 1;
 }
 
@@ -663,8 +664,10 @@ void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle, 
 int fshm_permit_held(const fshm_limiter *l, const fshm_permit *p) {
   const fshm_segment *s = l->segment;
   if (!p->held || p->slot >= s->slot_count) return 0;
+  const uint64_t when = __atomic_load_n(&p->when, __ATOMIC_RELAXED);
   pair_t now = pair_load(&s->slots[p->slot]);
-  return now.who == p->who && now.when == p->when;
+  /* fshm_permit_idle() changes both, the slot first. */
+  return now.who == p->who && (now.when | IDLE) == (when | IDLE);
 }
 
 /* A count holds while no permit of the key was taken or freed. */

@@ -84,7 +84,7 @@ static int budget_reservation_end(BudgetReservation *self, uint64_t actual) {
   int open, status = 0;
   ALONE_BEGIN(self);
   open = self->open; /* once, wherever an exception strikes */
-  self->open = 0;
+  RELAXED_SET(self->open, 0);
   ALONE_END();
   if (!open) return 0;
   if (get_key(self->key, &k)) return -1;
@@ -127,7 +127,7 @@ static PyObject *budget_reservation_get_allowed(PyObject *o, UNUSED void *unused
   return PyBool_FromLong(((BudgetReservation *)o)->allowed);
 }
 static PyObject *budget_reservation_get_open(PyObject *o, UNUSED void *unused) {
-  return PyBool_FromLong(((BudgetReservation *)o)->open);
+  return PyBool_FromLong(RELAXED_GET(((BudgetReservation *)o)->open));
 }
 static PyObject *budget_reservation_get_denied_by(PyObject *o, UNUSED void *unused) {
   BudgetReservation *self = (BudgetReservation *)o;
@@ -156,7 +156,7 @@ static PyObject *budget_reservation_get_retry_after(PyObject *o, UNUSED void *un
 }
 static PyObject *budget_reservation_repr(PyObject *o) {
   BudgetReservation *self = (BudgetReservation *)o;
-  const char *state = self->open ? "reserved" : self->allowed ? "over" : "denied";
+  const char *state = RELAXED_GET(self->open) ? "reserved" : self->allowed ? "over" : "denied";
   return PyUnicode_FromFormat("Reservation(%s, usd=%llu.%09llu)", state,
                               (unsigned long long)(self->amount / DOLLAR),
                               (unsigned long long)(self->amount % DOLLAR));

@@ -200,7 +200,7 @@ static int costs_of(const HierarchyCore *self, const path_t *p, PyObject *cost,
   for (uint32_t i = 0; !failed && i < p->count; i++) {
     PyObject *given = dict_get(held, self->levels[p->of[i]]);
     if (given) {
-      failed = get_costs(limit_count((Core *)self->cores[p->of[i]]), given, costs[i]);
+      failed = core_costs((Core *)self->cores[p->of[i]], given, costs[i]);
       levels[i].costs = costs[i];
       Py_DECREF(given);
     } else if (PyErr_Occurred()) {

@@ -12,7 +12,6 @@ typedef struct {
   watch_t watch; /* of the same calls: its events decide which are measured */
   uint32_t metric;
   uint32_t every, since; /* every 0: no call is measured. since: calls after the last that was */
-  uint32_t counted; /* calls between the last event and the next */
 } measure_t;
 
 static inline void measure_init(measure_t *m, fshm_segment *segment, int metric, uint64_t every) {
@@ -20,23 +19,24 @@ static inline void measure_init(measure_t *m, fshm_segment *segment, int metric,
   m->metric = metric < 0 ? 0 : (uint32_t)metric;
   m->every = metric < 0 || every > UINT32_MAX ? 0 : (uint32_t)every;
   m->since = 0;
-  m->counted = 1;
 }
 
 static COLD int measure_event(measure_t *m, uint64_t *begun) {
   const uint64_t now = fshm_clock();
+  const uint32_t counted = watch_countdown(&m->watch)->counted;
   if (watch_event(&m->watch, now)) return -1;
   if (!m->every) return 0;
-  uint64_t since = (uint64_t)RELAXED_GET(m->since) + RELAXED_GET(m->counted);
+  countdown_t *c = watch_countdown(&m->watch); /* anew: the hook may have called limiters */
+  /* Of two threads at once, one may go uncounted. */
+  uint64_t since = (uint64_t)RELAXED_GET(m->since) + counted;
   if (since >= m->every) {
     since = 0;
     *begun = now;
   }
   /* The next event is no later than the next call to measure. */
-  uint64_t next = min_u64(RELAXED_GET(m->watch.left), m->every - since);
+  const uint64_t next = min_u64(c->left, m->every - since);
   RELAXED_SET(m->since, (uint32_t)since);
-  RELAXED_SET(m->counted, (uint32_t)next);
-  RELAXED_SET(m->watch.left, (uint32_t)next);
+  c->left = c->counted = (uint32_t)next;
   return 0;
 }
 

@@ -55,12 +55,30 @@ static struct {
              {SPEC(BudgetCore, budget_slots, BASE | Py_TPFLAGS_HAVE_GC), NULL},
              {SPEC(BudgetReservation, budget_reservation_slots, INTERNAL | Py_TPFLAGS_HAVE_GC),
               &budget_reservation_type},
+#ifdef Py_GIL_DISABLED
+             {SPEC(OwnLimits, own_limits_slots, INTERNAL), &own_limits_type},
+#endif
              {SPEC(Vocabulary, vocabulary_slots, INTERNAL), &vocabulary_type}};
+
+/* Each object has a reference to its type. CPython 3.14 counts them by thread, 3.13 in one word that all threads write;
+ * unless the type is immortal, as the types of classes in Python are there. Ours are never freed anyway. */
+static void count_no_references(PyTypeObject *type) {
+#if defined(Py_GIL_DISABLED) && PY_VERSION_HEX < 0x030E0000
+  PyObject *o = (PyObject *)type; /* no other thread has it yet */
+  PyObject_GC_UnTrack(o);
+  o->ob_tid = _Py_UNOWNED_TID;
+  o->ob_ref_local = _Py_IMMORTAL_REFCNT_LOCAL;
+  o->ob_ref_shared = 0;
+#else
+  (void)type;
+#endif
+}
 
 static int add_types(PyObject *module) {
   for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
     PyTypeObject *type = (PyTypeObject *)PyType_FromSpec(&types[i].spec);
     if (!type || PyModule_AddType(module, type)) return -1;
+    count_no_references(type);
     if (types[i].kept)
       *types[i].kept = type;
     else

@@ -30,6 +30,14 @@ static Permit *make_permit(PyObject *handle, fshm_limiter *limiter) {
   return o;
 }
 
+static int permit_is_held(Permit *self) {
+  int held;
+  ALONE_BEGIN(self);
+  held = self->permit.held != 0;
+  ALONE_END();
+  return held;
+}
+
 static int give_back_permit(Permit *self) {
   int given_back;
   ALONE_BEGIN(self);
@@ -53,7 +61,7 @@ static int permit_bool(PyObject *o) { return ((Permit *)o)->granted; }
 
 static PyObject *permit_get_released(PyObject *o, UNUSED void *unused) {
   Permit *self = (Permit *)o;
-  return PyBool_FromLong(self->granted && !self->permit.held);
+  return PyBool_FromLong(self->granted && !permit_is_held(self));
 }
 
 static PyObject *permit_get_in_flight(PyObject *o, UNUSED void *unused) {
@@ -75,7 +83,7 @@ static PyObject *permit_address(PyObject *o, UNUSED void *unused) {
 
 static PyObject *permit_repr(PyObject *o) {
   Permit *self = (Permit *)o;
-  if (self->permit.held) return PyUnicode_FromString("Permit(held)");
+  if (permit_is_held(self)) return PyUnicode_FromString("Permit(held)");
   if (self->granted) return PyUnicode_FromString("Permit(released)");
   return PyUnicode_FromFormat("Permit(denied, in_flight=%u)", self->in_flight);
 }
@@ -145,7 +153,11 @@ static int slot_init(PyObject *o, PyObject *args, PyObject *kwargs) {
 
 static PyObject *slot_enter(PyObject *o, UNUSED PyObject *unused) {
   Slot *self = (Slot *)o;
-  if (!self->limiter || self->permit)
+  int held;
+  ALONE_BEGIN(self);
+  held = self->permit != NULL;
+  ALONE_END();
+  if (!self->limiter || held)
     return PyErr_Format(PyExc_RuntimeError, self->limiter
                                                 ? "the slot is held: call slot() for each block"
                                                 : "the slot's __init__ was not called");

@@ -74,9 +74,11 @@ static inline uint32_t plan_there(const plans_t *p, uint64_t hash, uint64_t *whe
 static inline uint32_t plan_now(const plans_t *p, const fshm_limiter *l, uint64_t hash) {
   uint64_t when;
   const uint32_t plan = plan_there(p, hash, &when);
+  /* acquire: with the release of plans_look(), so that `since` is not older than the number */
+  const uint32_t overrides = __atomic_load_n(&p->overrides, __ATOMIC_ACQUIRE);
   if (unlikely(plan == NO_PLAN || when < RELAXED_GET(p->since) ||
                (int64_t)(plan_clock() - when) > (int64_t)p->age ||
-               fshm_overrides((fshm_limiter *)(uintptr_t)l) != RELAXED_GET(p->overrides)))
+               fshm_overrides((fshm_limiter *)(uintptr_t)l) != overrides))
     return NO_PLAN;
   return plan;
 }
@@ -86,7 +88,7 @@ static void plans_look(plans_t *p, const fshm_limiter *l) {
   const uint32_t now = fshm_overrides((fshm_limiter *)(uintptr_t)l);
   if (now == RELAXED_GET(p->overrides)) return;
   RELAXED_SET(p->since, plan_clock() + 1);
-  RELAXED_SET(p->overrides, now);
+  __atomic_store_n(&p->overrides, now, __ATOMIC_RELEASE);
 }
 
 /* Where the key is; else the first free place; else that of the oldest. */

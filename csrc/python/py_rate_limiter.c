@@ -9,6 +9,7 @@
 #include "py_args.h"
 #include "py_cluster.h"
 #include "py_measure.h"
+#include "py_own_limits.h"
 #include "py_plans.h"
 
 enum { ON_FULL_DENY = 0, ON_FULL_ALLOW = 1, ON_FULL_RAISE = 2, ON_FULL_SHARE = 3 };
@@ -42,13 +43,13 @@ typedef struct {
 
 static PyTypeObject *core_type;
 
-static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_one;
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_admitted, *s_one;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */
 
-/* A new reference to the present limits. */
-static PyObject *limits_of(Core *self) {
+/* A new reference to the tuple of the present limits. */
+static PyObject *limits_itself(Core *self) {
   PyObject *limits;
   ALONE_BEGIN(self);
   limits = Py_NewRef(self->limits);
@@ -56,11 +57,26 @@ static PyObject *limits_of(Core *self) {
   return limits;
 }
 
+/* A new reference to the present limits, for a decision. */
+static PyObject *limits_of(Core *self) {
+#ifdef Py_GIL_DISABLED
+  PyObject *found = own_limits_find(RELAXED_GET(self->limits));
+  return likely(found != NULL) ? found : own_limits_copy(limits_itself(self));
+#else
+  return limits_itself(self);
+#endif
+}
+
 static Py_ssize_t limit_count(Core *self) {
-  PyObject *limits = limits_of(self);
+  PyObject *limits = limits_itself(self);
   Py_ssize_t count = PyTuple_Size(limits);
   Py_DECREF(limits);
   return count;
+}
+
+static int core_costs(Core *self, PyObject *cost, uint64_t *costs) {
+  const int each = PyTuple_Check(cost) || PyList_Check(cost);
+  return get_costs(each ? limit_count(self) : 0, cost, costs);
 }
 
 static int call_void(PyObject *self, const char *method, int status) {
@@ -108,7 +124,7 @@ static int decide(Core *self, uint32_t op, PyObject *key, PyObject *cost, uint64
   key_arg k;
   uint64_t costs[FSHM_MAX_LIMITS];
   if (bound(self) || get_key(key, &k)) return -1;
-  if (cost && get_costs(limit_count(self), cost, costs)) {
+  if (cost && core_costs(self, cost, costs)) {
     Py_XDECREF(k.held);
     return -1;
   }
@@ -192,7 +208,7 @@ static PyObject *acquire_by_plan(PyObject *self, PyObject *const *args, Py_ssize
   fshm_decision d;
   uint32_t plan;
   int known = plan_decides((Core *)self, args, n, kw, &d, &plan);
-  if (known > 0) return make_decision(Py_NewRef(((Core *)self)->plans.plans[plan].limits), &d);
+  if (known > 0) return make_decision(own_limits_of(((Core *)self)->plans.plans[plan].limits), &d);
   return known ? NULL : by_plan(self, args, n, kw, core_acquire);
 }
 static PyObject *is_allowed_by_plan(PyObject *self, PyObject *const *args, Py_ssize_t n,
@@ -284,7 +300,7 @@ static PyObject *core_reserve(PyObject *o, PyObject *const *args, Py_ssize_t n, 
   if (!r) return NULL;
   r->key = r->handle = NULL;
   r->held = 0;
-  if (bound(self) || get_costs(limit_count(self), in[1], r->costs) || get_key(in[0], &k)) {
+  if (bound(self) || core_costs(self, in[1], r->costs) || get_key(in[0], &k)) {
     Py_DECREF((PyObject *)r);
     return NULL;
   }
@@ -365,11 +381,26 @@ static int set_item(PyObject *dict, PyObject *name, PyObject *value) {
   return failed;
 }
 
+/* The dict of check(), but for the numbers. Without a GIL it is made anew: a copy would wait for the lock of the dict that
+ * all threads copy. */
+static PyObject *check_dict(int allowed) {
+#ifdef Py_GIL_DISABLED
+  PyObject *out = PyDict_New();
+  if (out && (PyDict_SetItem(out, s_allowed, allowed ? Py_True : Py_False) ||
+              PyDict_SetItem(out, s_reason, allowed ? s_admitted : s_full) ||
+              PyDict_SetItem(out, s_remaining, Py_None)))
+    Py_CLEAR(out);
+  return out;
+#else
+  return PyDict_Copy(allowed ? check_allowed : check_denied);
+#endif
+}
+
 static PyObject *check(PyObject *self, PyObject *const *args, Py_ssize_t n, PyObject *kw) {
   fshm_decision d;
   if (decide_default(self, FSHM_ACQUIRE, "check", args, n, kw, &d)) return NULL;
   int allowed = d.status == FSHM_ALLOWED;
-  PyObject *out = PyDict_Copy(allowed ? check_allowed : check_denied);
+  PyObject *out = check_dict(allowed);
   if (!out) return NULL;
   int failed = set_item(out, s_remaining, PyLong_FromUnsignedLongLong(d.remaining));
   if (!failed && !allowed) {
@@ -437,7 +468,7 @@ static PyObject *core_admit(PyObject *o, PyObject *const *args, Py_ssize_t n, Py
   else if (parse("acquire", args, n, kw, key_cost, in, 2, 1))
     return NULL;
   if (bound(self) || watch_call(&self->measure.watch)) return NULL;
-  if (in[1] && get_costs(limit_count(self), in[1], costs)) return NULL;
+  if (in[1] && core_costs(self, in[1], costs)) return NULL;
   Permit *p = make_permit(self->handle, self->limiter);
   if (!p) return NULL;
   if (get_own_key(self, in[0], &k)) {
@@ -479,8 +510,8 @@ static PyObject *core_refused_permit(PyObject *o, PyObject *args) {
   PyObject *key, *cost;
   uint64_t costs[FSHM_MAX_LIMITS];
   key_arg k;
-  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) ||
-      get_costs(limit_count(self), cost, costs) || get_own_key(self, key, &k))
+  if (!PyArg_ParseTuple(args, "OO", &key, &cost) || bound(self) || core_costs(self, cost, costs) ||
+      get_own_key(self, key, &k))
     return NULL;
   fshm_decision d;
   fshm_apply(self->limiter, FSHM_PEEK, k.bytes, (uint64_t)k.length, costs, 0, 0, &d);
@@ -617,7 +648,7 @@ static int acquire_many(Core *self, PyObject *keys, PyObject *const *args) {
     if (each || !i) { /* held: its __index__() may take it out of the list */
       PyObject *cost = each ? PySequence_GetItem(args[1], i) : args[1];
       if (!each) Py_INCREF(cost);
-      int wrong = !cost || get_costs(limit_count(self), cost, costs);
+      int wrong = !cost || core_costs(self, cost, costs);
       Py_XDECREF(cost);
       if (wrong) return -1;
     }
@@ -661,7 +692,7 @@ static PyObject *core_bind(PyObject *o, PyObject *args) {
   ALONE_BEGIN(self);
   old_limits = self->limits;
   old_reasons = self->reasons;
-  self->limits = Py_NewRef(limits);
+  RELAXED_SET(self->limits, Py_NewRef(limits));
   self->reasons = Py_NewRef(reasons);
   if (!self->handle) {
     self->handle = Py_NewRef(handle);
@@ -791,14 +822,14 @@ static PyObject *core_get_limits(PyObject *o, UNUSED void *unused) {
   Core *self = (Core *)o;
   uint64_t version;
   if (!self->limiter) Py_RETURN_NONE;
-  if (limiter_version(self->limiter) == RELAXED_GET(self->version)) return limits_of(self);
+  if (limiter_version(self->limiter) == RELAXED_GET(self->version)) return limits_itself(self);
   fshm_limit now[FSHM_MAX_LIMITS]; /* another process has changed them */
   if (fshm_limiter_limits(self->limiter, now, &version) > 0 &&
       version != RELAXED_GET(self->version)) {
     RELAXED_SET(self->version, version);
     if (call_void(o, "_limits_changed", 0)) return NULL;
   }
-  return limits_of(self);
+  return limits_itself(self);
 }
 
 /* No tp_clear: a __del__() must find a working object, and dicts break the cycles. */
@@ -884,11 +915,13 @@ static int make_constants(void) {
   s_retry = PyUnicode_InternFromString("retry_after_ms");
   s_default = PyUnicode_InternFromString("default");
   s_full = PyUnicode_InternFromString("Rate limit exceeded");
+  s_admitted = PyUnicode_InternFromString("Request allowed");
   s_one = PyLong_FromLong(1);
-  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full || !s_one)
+  if (!s_allowed || !s_reason || !s_remaining || !s_retry || !s_default || !s_full || !s_admitted ||
+      !s_one)
     return -1;
-  check_allowed = Py_BuildValue("{OOOsOO}", s_allowed, Py_True, s_reason, "Request allowed",
-                                s_remaining, Py_None);
+  check_allowed =
+      Py_BuildValue("{OOOOOO}", s_allowed, Py_True, s_reason, s_admitted, s_remaining, Py_None);
   check_denied =
       Py_BuildValue("{OOOOOO}", s_allowed, Py_False, s_reason, s_full, s_remaining, Py_None);
   return check_allowed && check_denied ? 0 : -1;

@@ -61,8 +61,7 @@ static void forget_read(read_deployment *r) {
   *r = (read_deployment){0};
 }
 
-static void plan_drop(plan_of_list *p) {
-  if (!p || --p->users) return;
+static void plan_free(plan_of_list *p) {
   for (Py_ssize_t i = 0; i < p->length; i++) {
     Py_XDECREF(p->items[i]);
     forget_read(&p->read[i]);
@@ -211,7 +210,7 @@ static plan_of_list *plan_of(uint32_t strategy, PyObject *list, PyObject *model,
     Py_XDECREF(row);
     if (ok && p->at[i] >= 0 && p->at[i] < length) continue;
     if (!PyErr_Occurred()) PyErr_SetString(PyExc_TypeError, "_plan() gave a wrong row");
-    plan_drop(p);
+    plan_free(p);
     return NULL;
   }
   return p;
@@ -256,9 +255,12 @@ static int mark_blocked(plan_of_list *p, PyObject *blocked) {
 }
 
 static void plan_done(RouterCore *self, plan_of_list *p) {
+  int last;
+  if (!p) return;
   ALONE_BEGIN(self);
-  plan_drop(p);
+  last = !--p->users;
   ALONE_END();
+  if (last) plan_free(p); /* which may run any Python */
 }
 
 /* The place in the list of the one picked; -1: there is none; below: an exception. */
@@ -346,7 +348,7 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
   }
   PyObject *given = Py_NewRef(list), *picked = NULL;
   if (!p) {
-    PyObject *copy = PyList_GetSlice(list, 0, length); /* no other thread can change it */
+    PyObject *copy = PyList_GetSlice(list, 0, PY_SSIZE_T_MAX); /* no other thread can change it */
     p = copy ? make_plan(self, copy, model, now) : NULL;
     PyObject *plain = NULL;
     if (!p && copy && !PyErr_Occurred())
@@ -440,7 +442,7 @@ static int router_traverse(PyObject *o, visitproc visit, void *arg) {
 static void router_dealloc(PyObject *o) {
   RouterCore *self = (RouterCore *)o;
   PyObject_GC_UnTrack(o);
-  for (int i = 0; i < PLANS; i++) plan_drop(self->plans[i]);
+  for (int i = 0; i < PLANS; i++) plan_done(self, self->plans[i]);
   Py_XDECREF(self->handle);
   end_derived(o);
 }

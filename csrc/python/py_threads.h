@@ -2,7 +2,8 @@
  *
  * Only one thread at a time is between ALONE_BEGIN(o) and ALONE_END() of an object. Each struct here that changes
  * after it was made is read and written there, or word by word with RELAXED_GET and RELAXED_SET where any of two
- * values will do. No Python runs in between, since it could let another thread in. With a GIL both are empty. */
+ * values will do. No Python runs in between, since it could let another thread in; so no reference is dropped there that
+ * may be the last. With a GIL both are empty. DESIGN.md, "Threads without the GIL". */
 #ifndef FSHM_PY_THREADS_H
 #define FSHM_PY_THREADS_H
 
@@ -11,6 +12,9 @@
 #ifdef Py_GIL_DISABLED
 #define ALONE_BEGIN(o) Py_BEGIN_CRITICAL_SECTION(o)
 #define ALONE_END() Py_END_CRITICAL_SECTION()
+/* With both objects: the second is the caller's, and other threads may change it. */
+#define BOTH_BEGIN(a, b) Py_BEGIN_CRITICAL_SECTION2(a, b)
+#define BOTH_END() Py_END_CRITICAL_SECTION2()
 #else
 #define ALONE_BEGIN(o) \
   {                    \
@@ -18,6 +22,8 @@
 #define ALONE_END() \
   }                 \
   (void)0
+#define BOTH_BEGIN(a, b) ALONE_BEGIN(a)
+#define BOTH_END() ALONE_END()
 #endif
 
 #define RELAXED_GET(word) __atomic_load_n(&(word), __ATOMIC_RELAXED)

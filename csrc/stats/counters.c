@@ -9,24 +9,27 @@
 #include "counters.h"
 #include "key_stats.h"
 
-static void add_counters(const limiter_counters_t *t, fshm_counters *out) {
-  out->admitted += load_relaxed(&t->admitted);
-  out->denied += load_relaxed(&t->denied);
-  out->refused += load_relaxed(&t->refused);
-  out->shared += load_relaxed(&t->shared);
+static void add_counters(const counters_t *row, uint32_t counters, fshm_counters *out) {
+  for (uint32_t lane = 0; lane < LANES; lane++) {
+    const limiter_counters_t *t = &row->of[lane][counters];
+    out->admitted += load_relaxed(&t->admitted);
+    out->denied += load_relaxed(&t->denied);
+    out->refused += load_relaxed(&t->refused);
+    out->shared += load_relaxed(&t->shared);
+  }
 }
 
 void counters_of_process(const fshm_segment *s, uint32_t process, fshm_counters *out) {
   memset(out, 0, sizeof *out);
-  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process].of[i], out);
+  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->counters[process], i, out);
 }
 
 void fshm_counters_all(const fshm_segment *s, fshm_counters *out) {
   memset(out, 0, COUNTERS * sizeof *out);
-  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(&s->outsiders->of[i], &out[i]);
+  for (uint32_t i = 0; i < COUNTERS; i++) add_counters(s->outsiders, i, &out[i]);
   for (uint32_t process = 0; process < PROCESSES; process++)
     for (uint32_t i = 0; i < COUNTERS && process_joined(s, process); i++)
-      add_counters(&s->counters[process].of[i], &out[i]);
+      add_counters(&s->counters[process], i, &out[i]);
 }
 
 /* A slot counts for its key's limiter if the key statistics know the key. */

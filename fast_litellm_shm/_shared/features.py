@@ -253,9 +253,10 @@ def is_enabled(feature_name: str, request_id: object = None) -> bool:
 
 def share_of(feature_name: str) -> float:
     """The percentage of requests for which a feature is on; 0 after too many errors."""
-    if not is_enabled(feature_name) and feature_name not in _flags:
+    is_enabled(feature_name)  # reads it anew where something changed
+    flag = _flags.get(feature_name) or _flag(feature_name)  # another thread may have cleared them
+    if flag is None:
         return 0.0  # an unknown feature
-    flag = _flags[feature_name]
     return 0.0 if flag.errors[flag.number] >= flag.threshold else flag.share
 
 

@@ -3,36 +3,49 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 import subprocess
 import sys
 from importlib import metadata
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = pathlib.Path(__file__).parents[2]
-ON_WINDOWS = """
+SETUP = """
 import runpy, sys
-sys.platform = "win32"
+{change}
 runpy.run_path("setup.py", run_name="__main__")
 """
+WINDOWS = (
+    "fast_litellm_shm needs POSIX shared memory and does not run on Windows: use WSL 2 or Linux.\n"
+)
+PYPY = (
+    "fast_litellm_shm needs CPython and does not run on pypy: its types are written against "
+    "CPython's own C API. Use CPython 3.10 or later.\n"
+)
 
 
-def test_windows_is_refused_in_one_sentence() -> None:
-    """Before setuptools is imported: one sentence, and no traceback before or after it."""
+def _refused(python: str, program: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", ON_WINDOWS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [python, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == (
-        "fast_litellm_shm needs POSIX shared memory and does not run on Windows: "
-        "use WSL 2 or Linux.\n"
-    )
+    assert (done.returncode, done.stdout) == (1, "")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [('sys.platform = "win32"', WINDOWS), ('sys.implementation.name = "pypy"', PYPY)],
+)
+def test_refused_in_one_sentence(change: str, said: str) -> None:
+    """Before setuptools is imported: one sentence, and no traceback before or after it."""
+    assert _refused(sys.executable, SETUP.format(change=change)) == said
+
+
+@pytest.mark.skipif(not shutil.which("pypy3"), reason="needs PyPy: apt-get install pypy3")
+def test_pypy_itself_is_refused() -> None:
+    assert _refused("pypy3", SETUP.format(change="")) == PYPY
 
 
 def test_no_malicious_litellm_is_admitted() -> None:
