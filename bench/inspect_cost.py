@@ -44,5 +44,7 @@ def run(settings: Settings) -> Result:
         result.rows.append(Row(what, "s", Values(values), OURS, "inspect"))
     found = Values(took[f"{keys:,} keys"])
     promise = "fast-shm inspect of 2 million keys"
-    result.ratios.append(Ratio(f"inspect of {keys:,} keys", found, GOAL, False, "s", promise=promise))
+    result.ratios.append(
+        Ratio(f"inspect of {keys:,} keys", found, GOAL, False, "s", promise=promise)
+    )
     return result

@@ -25,7 +25,7 @@ def test_too_small_for_a_segment() -> None:
     said, left = world.in_child(_too_small)
     needs = lib.fshm_memory_for(100_000) / 2**20
     assert said == (
-        "SegmentSpaceError: cannot open segment /dev/shm/fast_litellm_shm.5.s: no space left for "
+        "SegmentSpaceError: cannot open segment /dev/shm/fast_litellm_shm.6.s: no space left for "
         f"it: it needs {needs:.1f} MiB, and /dev/shm has 1.0 MiB free; free some there, mount it "
         "larger (in a container: --shm-size), or ask for a smaller capacity "
         "(FAST_LITELLM_SHM_CAPACITY)"
@@ -91,7 +91,7 @@ def test_no_inode_for_the_lock_file() -> None:
     assert found["rates"] == 5
     assert found["permit"].startswith(
         "SegmentError: limiter 'p' in segment 's': no permit can be owned by this process: "
-        "its lock file /dev/shm/fast_litellm_shm.5.s."
+        "its lock file /dev/shm/fast_litellm_shm.6.s."
     )
     assert why in found["permit"] and why in found["unknown"]
     assert "but no inode for another file" in found["second"]
@@ -116,7 +116,7 @@ def test_no_directory() -> None:
     found = world.in_child(_no_directory)
     for name in ("make", "attach"):
         assert found[name].startswith(
-            "SegmentNotFoundError: cannot open segment /dev/shm/fast_litellm_shm.5.s: there is no "
+            "SegmentNotFoundError: cannot open segment /dev/shm/fast_litellm_shm.6.s: there is no "
             "directory /dev/shm; mount a tmpfs there (mount -t tmpfs "
         ), found[name]
     assert (found["ls"].returncode, found["inspect"].returncode, found["rm"].returncode) == (

@@ -246,7 +246,7 @@ def test_a_full_file_system() -> None:
     assert len(said) == 3
     for message in (*said, last):
         assert message.startswith(
-            "cannot open segment /dev/shm/fast_litellm_shm.5.after: no space left"
+            "cannot open segment /dev/shm/fast_litellm_shm.6.after: no space left"
         )
         assert "FAST_LITELLM_SHM_CAPACITY" in message
     assert remaining == "4"
