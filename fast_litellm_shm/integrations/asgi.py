@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from types import CoroutineType
 from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared.segment import Segment
@@ -160,7 +159,10 @@ class RateLimitMiddleware(Middleware[App]):
                 await client.close()
         else:
             checked = self.checked(AsgiRequest(scope, None, self._root_path))
-            outcome = await checked if type(checked) is CoroutineType else checked
+            if checked is None or isinstance(checked, Outcome):
+                outcome = checked
+            else:
+                outcome = await checked
             if outcome is None or outcome.denied or outcome.holds:
                 await self._serve(outcome, scope, receive, send)
             else:

@@ -145,8 +145,8 @@ class Quotas:
         if tail:
             limits.end_keys_in(tail)
         # The native methods themselves: a call less for each.
-        self.admit = limits.admit  # type: ignore[method-assign]
-        self.settle = limits.settle  # type: ignore[method-assign]
+        self.admit = limits.admit  # type: ignore[method-assign, assignment]
+        self.settle = limits.settle  # type: ignore[method-assign, assignment]
 
     @property
     def limits(self) -> tuple[Any, ...]:

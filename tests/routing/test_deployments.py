@@ -76,9 +76,12 @@ def _planned(router: AdvancedRouter, monkeypatch: pytest.MonkeyPatch) -> list[st
     """Grows with each list that the router reads anew."""
     read: list[str] = []
     plan = AdvancedRouter._plan
-    monkeypatch.setattr(
-        AdvancedRouter, "_plan", lambda *args: (read.append(args[2]), plan(*args))[1]
-    )
+
+    def noted(router: AdvancedRouter, listed: list[Any], model: str) -> Any:
+        read.append(model)
+        return plan(router, listed, model)
+
+    monkeypatch.setattr(AdvancedRouter, "_plan", noted)
     return read
 
 

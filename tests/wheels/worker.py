@@ -2,13 +2,14 @@
 call, and its answer is a line of the output. The segment is that of FAST_LITELLM_SHM_NAME."""
 
 import sys
+from typing import Any
 
 from fast_litellm_shm import ConcurrencyLimiter, FixedWindow, RateLimiter, Segment
 
 limit = int(sys.argv[1])
 rates = RateLimiter(FixedWindow(limit, per=86400), name="rates")
 permits = ConcurrencyLimiter(1, name="permits")
-held = []
+held: list[Any] = []
 
 
 def admitted() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from types import CoroutineType
 from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
@@ -57,12 +56,13 @@ class _Opened:
         #: The call: of a key.
         self.admit_at_once: Callable[[str | bytes], Held] = admit  # type: ignore[assignment]
         if self.at_once and not callable(cost) and cost != 1:  # which is what it takes by itself
-            self.admit_at_once = functools.partial(admit, cost=self._cost(cost))
+            self.admit_at_once = functools.partial(admit, cost=self._cost(cost))  # type: ignore[call-arg]
 
     def _cost(self, cost: Cost) -> Cost:
         """With that of the permit."""
-        tuple_ = isinstance(cost, tuple) and self.rule.in_flight is not None
-        return (*cost, 1) if tuple_ else cost
+        if isinstance(cost, tuple) and self.rule.in_flight is not None:
+            return (*cost, 1)
+        return cost
 
     def policies(self) -> responses.Policies:
         """Of the limits in force, which may be changed."""
@@ -180,13 +180,15 @@ class Gate(Generic[_App]):
         """Check a request. None: it is not limited. Does not raise what a key or cost function
         raises. It waits under a rule with ``wait``, and with a cluster for the server."""
         checked = self.checked(request, may_await=False)
-        return run(checked.__await__()) if type(checked) is CoroutineType else checked
+        if checked is None or isinstance(checked, Outcome):
+            return checked
+        return run(checked.__await__())
 
     async def check_async(self, request: Request, guard: Guard | None = None) -> Outcome | None:
         """check() for asyncio, where the functions of a rule may be async. It waits by await alone.
         guard: awaits the calls that wait for their turn."""
         checked = self.checked(request, guard=guard)
-        return await checked if type(checked) is CoroutineType else checked
+        return checked if checked is None or isinstance(checked, Outcome) else await checked
 
     def checked(
         self, request: Request, *, may_await: bool = True, guard: Guard | None = None
