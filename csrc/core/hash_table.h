@@ -95,7 +95,8 @@ static inline unsigned line_used(const fshm_segment *s, uint64_t first) {
   const __m128i one = _mm_cmpeq_epi32(two_whos(&s->slots[first]), none);
   const __m128i two = _mm_cmpeq_epi32(two_whos(&s->slots[first + 2]), none);
   const __m128i both = _mm_shuffle_epi32(_mm_add_epi32(one, two), 0xd); /* -1 for each empty one */
-  return SLOTS_PER_LINE + (unsigned)_mm_cvtsi128_si32(_mm_add_epi32(both, _mm_srli_epi64(both, 32)));
+  return SLOTS_PER_LINE +
+         (unsigned)_mm_cvtsi128_si32(_mm_add_epi32(both, _mm_srli_epi64(both, 32)));
 #else
   unsigned used = 0;
   for (unsigned k = 0; k < SLOTS_PER_LINE; k++) used += load_relaxed(&s->slots[first + k].who) != 0;

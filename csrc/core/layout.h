@@ -30,7 +30,7 @@
 #define RESERVED_WAYS 4 /* entries where a key can be: one line */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index, in each lane */
-#define LANES 4 /* of a process index: counters.h. A power of two */
+#define COUNTER_LANES 4 /* of a process index: counters.h. A power of two */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
 #define RULES 16
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */
@@ -101,7 +101,7 @@ typedef struct {
 /* The first COUNTERS - 1 limiters that are counted have one set each, all others the last one (limits.c: counters_of).
  * One more stands before them: for all processes without a process index. */
 typedef struct {
-  _Alignas(LINE) limiter_counters_t of[LANES][COUNTERS];
+  _Alignas(LINE) limiter_counters_t of[COUNTER_LANES][COUNTERS];
 } counters_t;
 
 /* A text that was counted: `who` = half of its 128-bit keyed hash, `when` = 40 bits of the other half |

@@ -43,7 +43,8 @@ typedef struct {
 
 static PyTypeObject *core_type;
 
-static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_admitted, *s_one;
+static PyObject *s_allowed, *s_reason, *s_remaining, *s_retry, *s_default, *s_full, *s_admitted,
+    *s_one;
 static PyObject *check_allowed, *check_denied; /* dicts to copy */
 
 /* the call ------------------------------------------------------------------------------------- */

@@ -10,7 +10,7 @@
 #include "key_stats.h"
 
 static void add_counters(const counters_t *row, uint32_t counters, fshm_counters *out) {
-  for (uint32_t lane = 0; lane < LANES; lane++) {
+  for (uint32_t lane = 0; lane < COUNTER_LANES; lane++) {
     const limiter_counters_t *t = &row->of[lane][counters];
     out->admitted += load_relaxed(&t->admitted);
     out->denied += load_relaxed(&t->denied);

@@ -11,13 +11,13 @@ static inline counters_t *counters_row(const fshm_segment *s, uint32_t process) 
   return likely(process < PROCESSES) ? &s->counters[process] : s->outsiders;
 }
 
-/* The lane of this thread. Threads of a Python without the GIL have one each, up to LANES: in one line, each call would wait
+/* The lane of this thread. Threads of a Python without the GIL have one each, up to COUNTER_LANES: in one line, each call would wait
  * for what the others have just written. Others take turns anyway, and have one together. */
 static inline uint32_t counters_lane(void) {
 #ifdef Py_GIL_DISABLED
   static _Atomic uint32_t threads;
   static _Thread_local uint32_t mine; /* lane + 1; 0: none yet */
-  if (unlikely(!mine)) mine = 1 + (add_relaxed(&threads, 1) & (LANES - 1));
+  if (unlikely(!mine)) mine = 1 + (add_relaxed(&threads, 1) & (COUNTER_LANES - 1));
   return mine - 1;
 #else
   return 0;

@@ -32,7 +32,7 @@ def _parameters() -> list[ParameterSet]:
     found = [(python.name, python, _wheel(python)) for python in pythons.all_of_them()]
     here = pythons.of_this_host()[0]
     sdists = [(f"sdist-{here.name}", here, path) for path in DIST.glob("*.tar.gz")]
-    return [pytest.param(python, file, id=name) for name, python, file in found + sdists if file]
+    return [pytest.param((python, file), id=name) for name, python, file in found + sdists if file]
 
 
 def _install(python: pythons.Python, file: pathlib.Path, folder: pathlib.Path) -> None:
