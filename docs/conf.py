@@ -69,7 +69,7 @@ settings.configure()  # REST framework reads them when it is imported
 # In signatures, without a link: of other packages, and classes that a user only gets.
 types_without_page = {
     "BudgetReservation", "Decimal", "Depends", "Function", "Gate", "Granted", "Held", "InFlight",
-    "App", "Money", "NDArray", "Place", "Upstream", "Use", "datetime",
+    "App", "Money", "NDArray", "Place", "Policies", "Upstream", "Use", "datetime",
 }  # fmt: skip
 
 # What a reader may type for a page, where its text has other words.
