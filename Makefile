@@ -131,7 +131,7 @@ test-free-threaded: ## test: the tests on a Python without the GIL. FREETHREADED
 	@python="$(FREETHREADED)"; test -n "$$python" || python=$$(scripts/free_threaded_python) || exit 1; \
 	wheels=$$(dirname "$$python")/../wheels; \
 	if [ -d "$$wheels" ]; then export PIP_FIND_LINKS="$$wheels" UV_FIND_LINKS="$$wheels"; fi; \
-	PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded free-threaded
+	PIP_ONLY_BINARY=greenlet UV_NO_BUILD_PACKAGE=greenlet PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded free-threaded
 
 test-freethreaded: test-free-threaded # its former name
 

@@ -65,11 +65,12 @@ static_assert(SLOTS_PER_LINE == 4, "four are looked at");
 #if defined(__SSE2__)
 /* The `who` of two slots. */
 static inline __m128i two_whos(const slot_t *at) {
+  const void *one = &at[0].who, *two = &at[1].who;
   __m128i out;
   __asm__ __volatile__("movq %1, %0\n\tmovhps %2, %0"
                        : "=x"(out)
-                       : "m"(*(const volatile uint64_t *)&at[0].who),
-                         "m"(*(const volatile uint64_t *)&at[1].who));
+                       : "m"(*(const volatile uint64_t *)one),
+                         "m"(*(const volatile uint64_t *)two));
   return out;
 }
 /* In which of two lanes the upper half of a `who` is this one, which the label and the epoch are not in: of 4 billion

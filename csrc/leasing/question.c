@@ -5,7 +5,7 @@
 #include "../core/internal.h"
 
 #define NUMBERS 6 /* of a limit, in a question and in an answer: algorithms.lua */
-#define LARGEST ((UINT64_C(1) << 53) - 1)
+#define LARGEST_WHOLE ((UINT64_C(1) << 53) - 1)
 
 int fshm_question_begin(const fshm_asked *a, const void *key, uint64_t length,
                         const uint64_t *costs, int ahead, fshm_question *q) {
@@ -24,20 +24,21 @@ int fshm_question_begin(const fshm_asked *a, const void *key, uint64_t length,
   (void)fshm_known(a->limits, key, length, 0, used, left);
   (void)fshm_token_lease_look(a->leases, key, length, !ahead, 0, have, ns);
   q->sent_ns = fshm_now(a->limits->segment);
-  for (i = 0; i < a->count; i++) {
-    double *of = q->numbers + NUMBERS * i;
+  double *of = q->numbers;
+  for (i = 0; i < a->count; i++, of += NUMBERS) {
     of[0] = (double)costs[i];
     of[1] = ahead ? (double)have[i] : 0;
     of[2] = ahead ? 0 : (double)have[i];
     of[3] = (double)used[i];
     of[4] = 0;
-    of[5] = (double)min_u64(a->buckets >> i & 1 ? left[i] : left[i] / 1000, LARGEST);
+    const uint64_t rest = min_u64(a->buckets >> i & 1 ? left[i] : left[i] / 1000, LARGEST_WHOLE);
+    of[5] = (double)rest;
   }
   return FSHM_ALLOWED;
 }
 
 static uint64_t whole(double x) {
-  return x > 0 ? (uint64_t)(x < (double)LARGEST ? x : (double)LARGEST) : 0;
+  return x > 0 ? (uint64_t)(x < (double)LARGEST_WHOLE ? x : (double)LARGEST_WHOLE) : 0;
 }
 
 int fshm_question_end(const fshm_asked *a, const void *key, uint64_t length, const uint64_t *costs,
@@ -50,14 +51,14 @@ int fshm_question_end(const fshm_asked *a, const void *key, uint64_t length, con
     used[i] = whole(of[0]);
     left[i] = a->buckets >> i & 1 ? whole(of[1]) : whole(of[1]) * 1000; /* a bucket's are ns */
     batch[i].tokens = whole(answer[1]) * costs[i];
-    batch[i].kept = of[3] != 0 ? whole(q->numbers[NUMBERS * i + 1]) : 0;
+    batch[i].kept = of[3] > 0 ? whole(q->numbers[NUMBERS * i + 1]) : 0;
     batch[i].until_ns = q->sent_ns + whole(of[2]) * 1000;
   }
   (void)fshm_learn(a->limits, key, length, used, left, q->sent_ns);
   int status = fshm_token_lease_put(a->leases, key, length, batch, 0);
   if (!out) return status;
   memset(out, 0, sizeof *out);
-  out->status = answer[0] != 0 ? FSHM_ALLOWED : FSHM_DENIED;
+  out->status = answer[0] > 0 ? FSHM_ALLOWED : FSHM_DENIED;
   /* for the statistics of the key: these tokens were granted, not spent from a lease */
   const uint64_t none[FSHM_MAX_LIMITS] = {0};
   if (out->status == FSHM_ALLOWED)
@@ -69,12 +70,12 @@ int fshm_question_end(const fshm_asked *a, const void *key, uint64_t length, con
     here = (used[i] < a->most[i] ? a->most[i] - used[i] : 0) + have[i];
     if (here < out->remaining) {
       out->remaining = here;
-      out->limit_index = i;
+      out->limit_index = (uint16_t)i;
     }
     if (left[i] > (uint64_t)out->reset_after_ns) out->reset_after_ns = (int64_t)left[i];
   }
   if (out->status == FSHM_DENIED) {
-    out->limit_index = (uint32_t)whole(answer[4]);
+    out->limit_index = (uint16_t)whole(answer[4]);
     out->retry_after_ns = answer[2] < 0 ? FSHM_NEVER : (int64_t)whole(answer[2]) * 1000;
   }
   return status;

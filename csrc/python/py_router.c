@@ -55,8 +55,11 @@ typedef struct {
 } RouterCore;
 
 static void forget_read(read_deployment *r) {
-  PyObject *held[] = {r->name, r->params, r->info, r->model, r->id};
-  for (size_t i = 0; i < sizeof held / sizeof *held; i++) Py_XDECREF(held[i]);
+  Py_XDECREF(r->name);
+  Py_XDECREF(r->params);
+  Py_XDECREF(r->info);
+  Py_XDECREF(r->model);
+  Py_XDECREF(r->id);
   for (int i = 0; i < FIELDS; i++) Py_XDECREF(r->fields[i]);
   *r = (read_deployment){0};
 }

@@ -58,7 +58,10 @@ static void ask_server(grants_t *g, const char *key) {
   fshm_decision d;
   int status = fshm_question_begin(&asked, key, length, costs, ahead, &question);
   CHECK_EQ(question.permit.held, status == FSHM_ALLOWED);
-  if (status != FSHM_ALLOWED) return check_known(status);
+  if (status != FSHM_ALLOWED) {
+    check_known(status);
+    return;
+  }
   CHECK_EQ(atomic_fetch_add(&g->askers, 1), 0);
   CHECK(question.numbers[0] == 2 && question.numbers[6] == 2);
   check_known(fshm_question_end(&asked, key, length, costs, &question, answer, ahead ? NULL : &d));
