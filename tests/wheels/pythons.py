@@ -191,7 +191,9 @@ def musl(machine: str) -> list[str]:
             "ac_cv_buggy_getaddrinfo=no",
         ]
         _run(configure, folder, MODULE_BUILDTYPE="static")
-        _run(["make", f"-j{os.cpu_count()}", "python", "pybuilddir.txt"], folder)
+        # configure knows no such system by name, and names of other modules end in it.
+        abi = f"SOABI=cpython-{VERSION.replace('.', '')}-{system}"
+        _run(["make", f"-j{os.cpu_count()}", abi, "python", "pybuilddir.txt"], folder)
 
     built = _once(make, f"musl-{machine}")
     root = _debian(DEBIAN_ARCHITECTURE[machine], "musl")
