@@ -54,7 +54,11 @@ RUNS = [
         "3 processes, 2 keys; from every state, one that is alone finishes",
         f"{TWO} LAST_TICK=3 ALONE",
     ),
-    Run("three_slots", "3 processes, 2 keys, 3 slots, few starts", "SLOTS=3 LAST_TICK=2 SYMMETRY FEW_STARTS"),
+    Run(
+        "three_slots",
+        "3 processes, 2 keys, 3 slots, few starts",
+        "SLOTS=3 LAST_TICK=2 SYMMETRY FEW_STARTS",
+    ),
     # the longer form
     Run("two_keys", "3 processes, 2 keys, 2 slots, one tick more", TWO, long=True),
     Run("three_slots_a_tick_more", "the same, and one tick more", f"{THREE} FEW_STARTS", long=True),
