@@ -121,17 +121,18 @@ apps: $(VENV)/.apps-tests
 	$(PYTEST) -n 4 --dist loadfile tests/apps # most of it waits
 
 # Its extension lies beside the usual one, under another name. PYTHON_GIL=0: the GIL stays off, also where a package says
-# nothing about it. FREE_THREADED: some of the tests. Left out are those of what has no release for such a Python (gevent,
+# nothing about it. FREE_THREADED: some of the tests. Left out are those of what has no release for such a Python (gevent, eventlet,
 # LiteLLM), of C, of programs that are only started, and those that test-py leaves out.
 FREETHREADED ?= $(firstword $(foreach v,3.15t 3.14t 3.13t,$(shell command -v python$(v))))
 FREE_THREADED ?= $(addprefix tests/,freethreaded limiters pools routing shared changes durable metrics cli testing \
   integrations tokens test_api_names.py test_docstrings.py test_light_import.py test_limits.py)
-WITHOUT_GIL = $(addprefix --ignore=tests/,integrations/litellm) -k 'not gevent'
+WITHOUT_GIL = $(addprefix --ignore=tests/,integrations/litellm) -k 'not gevent and not eventlet'
 test-free-threaded: ## test: the tests on a Python without the GIL. FREETHREADED=/path/to/python3.14t, or one is built, once, in 5 minutes
 	@python="$(FREETHREADED)"; test -n "$$python" || python=$$(scripts/free_threaded_python) || exit 1; \
 	wheels=$$(dirname "$$python")/../wheels; \
 	if [ -d "$$wheels" ]; then export PIP_FIND_LINKS="$$wheels" UV_FIND_LINKS="$$wheels"; fi; \
-	PIP_ONLY_BINARY=greenlet UV_NO_BUILD_PACKAGE=greenlet PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded free-threaded
+	PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded \
+	  INSTALL='$$(BY_PIP) --prefer-binary' free-threaded # an older release, where the newest has no wheel for it
 
 test-freethreaded: test-free-threaded # its former name
 

@@ -15,10 +15,11 @@ static void overflow(void) {
 }
 
 static void use_after_free(void) {
-  fshm_segment *s = fresh_segment(10);
+  const fshm_limit limit = {1, 1000000, 1, FSHM_BUCKET, 0};
+  fshm_limiter *l = fresh_limiter(fresh_segment(10), "a", &limit, 1);
   remove_segments(); /* now: the sanitizer ends the process where it stands */
-  fshm_close(s);
-  CHECK_OP(fshm_now(s), >, 0);
+  fshm_limiter_close(l);
+  CHECK_EQ(fshm_is_allowed(l, "k", 1), FSHM_ALLOWED);
 }
 
 static void leak(void) {
