@@ -28,11 +28,16 @@ def _wheel(python: pythons.Python) -> pathlib.Path | None:
     return next(DIST.glob(f"*{python.libc}*_{python.machine}.whl"), None)
 
 
-def _parameters() -> list[ParameterSet]:
+def _pairs() -> list[tuple[str, pythons.Python, pathlib.Path]]:
+    """With a name for each."""
     found = [(python.name, python, _wheel(python)) for python in pythons.all_of_them()]
     here = pythons.of_this_host()[0]
     sdists = [(f"sdist-{here.name}", here, path) for path in DIST.glob("*.tar.gz")]
-    return [pytest.param((python, file), id=name) for name, python, file in found + sdists if file]
+    return [(name, python, file) for name, python, file in found + sdists if file]
+
+
+def _parameters() -> list[ParameterSet]:
+    return [pytest.param((python, file), id=name) for name, python, file in _pairs()]
 
 
 def _install(python: pythons.Python, file: pathlib.Path, folder: pathlib.Path) -> None:
@@ -85,6 +90,6 @@ def test_a_killed_process_holds_no_permit(installed: Installed) -> None:
 
 
 def test_everything_is_tried() -> None:
-    tried = {parameter.values[0][1] for parameter in _parameters()}
+    tried = {file for _, _, file in _pairs()}
     assert tried == {*DIST.glob("*linux*.whl"), *DIST.glob("*.tar.gz")}
     assert len(tried) >= 2
