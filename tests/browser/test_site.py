@@ -59,7 +59,8 @@ def results(browser: webdriver.Chrome, words: str) -> list[str]:
     """The pages that are found, once the page says that it has looked."""
 
     def state() -> str:
-        return str(browser.find_element("id", "search-state").text)
+        found = browser.find_elements("id", "search-state")  # none: the page is not there yet
+        return str(found[0].text) if found else ""
 
     wait_until(lambda: f"results for {words}, not {state()!r}", lambda: f"“{words}”" in state())
     found: list[str] = browser.execute_script(RESULTS)
