@@ -75,7 +75,8 @@ types_without_page = {
 # What a reader may type for a page, where its text has other words.
 search_words = {
     "adaptive": "backpressure, AIMD, unknown limit",
-    "cluster": "Redis, redis server, Redis limits, Redis Cluster, Redis Sentinel, Valkey, distributed, many hosts",
+    "cluster": "Redis, redis server, Redis limits, Redis Cluster, Redis Sentinel, Valkey, "
+    "distributed, many hosts",
     "guide": "gunicorn, uvicorn, workers, concurrency, semaphore, tokens per minute, tpm, rpm",
     "operations": "Docker, Kubernetes, containers, systemd, permissions, upgrade",
     "reliability": "kill -9, SIGKILL, crash, worker dies, guarantees",
