@@ -130,9 +130,9 @@ WITHOUT_GIL = $(addprefix --ignore=tests/,integrations/litellm) -k 'not gevent a
 test-free-threaded: ## test: the tests on a Python without the GIL. FREETHREADED=/path/to/python3.14t, or one is built, once, in 5 minutes
 	@python="$(FREETHREADED)"; test -n "$$python" || python=$$(scripts/free_threaded_python) || exit 1; \
 	wheels=$$(dirname "$$python")/../wheels; \
-	if [ -d "$$wheels" ]; then export PIP_FIND_LINKS="$$wheels" UV_FIND_LINKS="$$wheels"; fi; \
+	if [ -d "$$wheels" ]; then export PIP_FIND_LINKS="$$wheels"; fi; \
 	PYTHON_GIL=0 $(MAKE) --no-print-directory PYTHON="$$python" VENV=$(VENV)-free-threaded \
-	  INSTALL='$$(BY_PIP) --prefer-binary' free-threaded # an older release, where the newest has no wheel for it
+	  INSTALL='$$(BY_PIP) --only-binary :all:' free-threaded # older releases, where the newest has no wheel for it
 
 test-freethreaded: test-free-threaded # its former name
 

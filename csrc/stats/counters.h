@@ -11,8 +11,8 @@ static inline counters_t *counters_row(const fshm_segment *s, uint32_t process) 
   return likely(process < PROCESSES) ? &s->counters[process] : s->outsiders;
 }
 
-/* The lane of this thread. Threads of a Python without the GIL have one each, up to COUNTER_LANES: in one line, each call would wait
- * for what the others have just written. Others take turns anyway, and have one together. */
+/* The lane of this thread. Threads of a Python without the GIL have one each, up to COUNTER_LANES: in one line, each call
+ * would wait for what the others have just written. Others take turns anyway, and have one together. */
 static inline uint32_t counters_lane(void) {
 #ifdef Py_GIL_DISABLED
   static _Atomic uint32_t threads;
