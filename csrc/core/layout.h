@@ -19,7 +19,7 @@
 #define LINE 64
 #define SLOTS_PER_LINE 4
 #define PROBE_LINES UINT64_C(8) /* a key may live in two probe windows of so many cache lines */
-/* Process table. Of each process index there are 6,848 bytes, in five arrays at the end of the segment. Those of the
+/* Process table. Of each process index there are 5,824 bytes, in five arrays at the end of the segment. Those of the
  * first HOME_PROCESSES are allocated with it, the others in blocks, when a process takes an index there. */
 #ifndef PROCESSES /* tests that copy segments, or fill the table, have fewer */
 #define PROCESSES 4096
@@ -30,7 +30,7 @@
 #define RESERVED_WAYS 4 /* entries where a key can be: one line */
 #define PROCESS_STATS 128 /* entries of one process: a power of two */
 #define COUNTERS FSHM_COUNTERS /* sets of call counters of a process index, in each lane */
-#define COUNTER_LANES 4 /* of a process index: counters.h. A power of two */
+#define COUNTER_LANES 2 /* of a process index: counters.h. A power of two */
 /* Rules that a limiter can keep: the present ones, and those that states in the table use. */
 #define RULES 16
 #define MAX_LIMITERS 2048 /* 11 bits of key_stats_t.meta */
@@ -309,7 +309,7 @@ static_assert(offsetof(slot_t, when) == 8, "who, then when");
 static_assert(sizeof(key_stats_t) == 16, "key statistics");
 static_assert(sizeof(process_stat_t) == 16, "process statistics: an entry");
 static_assert(sizeof(process_stats_t) == 2048, "process statistics");
-static_assert(sizeof(counters_t) == 2048, "counters");
+static_assert(sizeof(counters_t) == 1024, "counters");
 static_assert(sizeof(process_t) == 64, "process");
 static_assert(sizeof(waiter_t) == 64, "waiter");
 static_assert(sizeof(metric_t) == 120, "metric");

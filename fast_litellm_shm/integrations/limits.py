@@ -280,9 +280,8 @@ class ShmStorage(
         # limits puts a wrapper around each method of a storage, for wrap_exceptions. A hit through
         # that takes three times as long, so without it hits go to the native methods.
         for name in () if wrap_exceptions else _HITS:
-            if getattr(type(self), name) is getattr(
-                ShmStorage, name
-            ):  # no derived class has its own
+            ours = getattr(type(self), name) is getattr(ShmStorage, name)
+            if ours:  # no derived class has its own
                 setattr(self, name, getattr(self._windows, name))
 
 
