@@ -9,7 +9,7 @@ compares them.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -373,4 +373,8 @@ def draw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
+    draw(parser.parse_args().folder)

@@ -11,6 +11,7 @@ stable ABI takes from pyconfig.h only sizes of C types, and the compiler checks 
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import pathlib
@@ -163,10 +164,15 @@ def build(name: str, platform: Platform, source: pathlib.Path, include: pathlib.
     print(f"{built.relative_to(ROOT)}: {built.stat().st_size / 1024:.0f} kB", flush=True)
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("platforms", nargs="*", metavar="PLATFORM", help=f"{', '.join(PLATFORMS)}")
+    names = parser.parse_args().platforms
     wrong = sorted(set(names) - set(PLATFORMS))
     if wrong:
-        raise SystemExit(f"unknown platform {wrong[0]!r}: choose of {', '.join(PLATFORMS)}")
+        parser.error(f"unknown platform {wrong[0]!r}: choose of {', '.join(PLATFORMS)}")
     shutil.rmtree(WORK, ignore_errors=True)
     shutil.rmtree(DIST, ignore_errors=True)
     WORK.mkdir(parents=True)
@@ -182,4 +188,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
