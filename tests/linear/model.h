@@ -22,7 +22,8 @@
  * - Limits that are changed meanwhile: an operation may go by limits that it loaded earlier.
  * - Permits are counted slot by slot, each slot at an instant of its own, in order.
  * - Who counts permits or is denied by them may not know yet of a permit that a call takes or gives back and that
- *   is not over ("Denials in constant time"). */
+ *   is not over; nor, for 64 times the time that their process's last look took, that a holder was killed since ("Denials
+ *   in constant time"). */
 #ifndef MODEL_H
 #define MODEL_H
 

@@ -228,7 +228,7 @@ static inline bool admit_changing(const history_t *h, int level, config_t *c, in
   uint8_t *phase = &c->phase[lane], *seen_held = &c->seen_held[lane], *seen = &c->seen[lane][0];
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   unsigned standing = (unsigned)__builtin_popcount(c->stands & permits_held(h, c));
-  unsigned held = permits_held(h, c) | permits_unsaid(h, c, lane);
+  unsigned held = permits_held(h, c) | permits_believed(h, c, lane, op);
   if (*phase == TAKEN) held &= ~bit_of(*seen_held - 1u);
   if (branch == EFFECT) {
     if (*phase == TAKEN) {

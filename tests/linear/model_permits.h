@@ -25,6 +25,40 @@ static inline unsigned permits_unsaid(const history_t *h, const config_t *c, int
   return unsaid;
 }
 
+/* Permits of killed processes that the call may take for held: its process has looked at them before the kill was over,
+ * and still goes by that look ("Denials in constant time": the dead say nothing). It does so for 64 times the time that
+ * the look took. */
+#define LOOK_COUNTS 64
+static inline bool goes_by_look(const history_t *h, const config_t *c, int lane, const op_t *op,
+                                uint64_t death) {
+  if (op->fixed || !op->reads) return false;
+  for (uint32_t i = 0; i < c->at[lane]; i++) {
+    const op_t *look = &h->ops[lane][i];
+    if (look->kind != OP_IN_FLIGHT && look->kind != OP_ADMIT) continue;
+    if (look->fixed || look->key != op->key || look->reads < 2 || look->invoked > death) continue;
+    const uint64_t took = look->read[look->reads - 1] - look->read[0];
+    if (op->read[0] < look->read[0] + took * LOOK_COUNTS) return true;
+  }
+  return false;
+}
+static inline unsigned permits_of_dead(const history_t *h, const config_t *c, int lane,
+                                       const op_t *op) {
+  unsigned known = 0;
+  for (uint32_t i = 0; c->dead && i < c->at[TESTER]; i++) {
+    const op_t *death = &h->ops[TESTER][i];
+    if (death->kind != OP_DEATH || !goes_by_look(h, c, lane, op, death->responded)) continue;
+    for (unsigned permit = 0; permit < h->permits; permit++)
+      known |= (unsigned)(c->holder[permit] == death->who + 1) << permit;
+  }
+  return known;
+}
+
+/* What a call may take for held that is not. */
+static inline unsigned permits_believed(const history_t *h, const config_t *c, int lane,
+                                        const op_t *op) {
+  return permits_unsaid(h, c, lane) | permits_of_dead(h, c, lane, op);
+}
+
 /* A permit, then the rate limits. seen_held: the permit that was taken, plus 1. */
 static inline bool admit(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                          unsigned branch, unsigned view) {
@@ -32,7 +66,7 @@ static inline bool admit(const history_t *h, int level, config_t *c, int lane, c
   unsigned all = (1u << h->permits) - 1;
   bool denied = !op_open(op) && op->status != FSHM_ALLOWED;
   bool by_permits = denied && op->limit_index == h->limits;
-  unsigned held = permits_held(h, c) | permits_unsaid(h, c, lane);
+  unsigned held = permits_held(h, c) | permits_believed(h, c, lane, op);
   enum { SEARCHING, TAKEN, LOST };
   switch (branch) {
     case 0: /* take a slot: the one that is known, else any */
@@ -82,7 +116,7 @@ static inline bool release(int level, config_t *c, int lane, const op_t *op, uns
   return stepped(c, lane, level ? 2 : 1);
 }
 
-/* view 1: as it was before a call that is not over. */
+/* view 1: as it was before a call that is not over, or before its holder was killed. */
 static inline bool in_flight(const history_t *h, int level, config_t *c, int lane, const op_t *op,
                              unsigned view) {
   if (!level) {
@@ -90,7 +124,7 @@ static inline bool in_flight(const history_t *h, int level, config_t *c, int lan
     return !view && (op_open(op) || held == op->count) && finish(c, lane);
   }
   unsigned permit = c->phase[lane];
-  if (view > 1 || (view && !(permits_unsaid(h, c, lane) >> permit & 1))) return false;
+  if (view > 1 || (view && !(permits_believed(h, c, lane, op) >> permit & 1))) return false;
   c->seen_held[lane] += permit_held(c, permit) != (view == 1);
   if (permit + 1 == h->permits && !op_open(op) && c->seen_held[lane] != op->count) return false;
   return stepped(c, lane, h->permits);

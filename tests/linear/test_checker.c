@@ -306,6 +306,34 @@ static void test_permits_that_are_remembered(void) {
   CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
 }
 
+/* A look counts for 64 times the time that it took, also where a holder was killed meanwhile. */
+static void test_looks_over_a_death(void) {
+  for (int changes = 0; changes < 2; changes++) {
+    history_t h = permits_of(1);
+    h.changes = (uint8_t)changes;
+    for (unsigned v = 0; v < VARIANTS; v++) h.permits_of[v] = 1;
+    admit_op(&h, 0, 1, 2, 0);
+    op_t *look = in_flight_op(&h, 1, 3, 4, 1);
+    add(&h, TESTER, OP_DEATH, 5, 6, 0, 0)->who = 0;
+    op_t *counted = in_flight_op(&h, 1, 7, 8, 1), *denied = admit_op(&h, 1, 9, 10, -1);
+    look->reads = 2;
+    look->read[1] = NOW + 10;
+    counted->read[0] = denied->read[0] = NOW + 639;
+    CHECK_EQ(verdict(&h, 0), NOT_LINEARISABLE);
+    CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+    denied->read[0] = NOW + 640; /* the look no longer counts */
+    CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+    denied->read[0] = NOW + 1, counted->read[0] = NOW + 640;
+    CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+    counted->read[0] = NOW + 1, h.ops[TESTER][0].responded = 4; /* still before the look ended */
+    h.ops[TESTER][0].invoked = 3;
+    CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+    h.ops[TESTER][0].responded = 2; /* over before the look, which finds the permit free */
+    h.ops[TESTER][0].invoked = 2, look->count = 0;
+    CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+  }
+}
+
 static op_t *put_op(history_t *h, int lane, uint64_t from, uint64_t to, uint64_t tokens,
                     uint64_t lease) {
   op_t *op = add(h, lane, OP_PUT, from, to, tokens, FSHM_OK);
@@ -618,6 +646,7 @@ int main(void) {
   test_several();
   test_permits();
   test_permits_that_are_remembered();
+  test_looks_over_a_death();
   test_versions();
   test_undo_after_reset();
   test_charge_of_fewer();
