@@ -160,7 +160,7 @@ environments: $(VENV)/.$(TOGETHER)
 	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
 	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) $(DOCS_VENV)/.docs
-	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' .venv-3.13/.test)
+	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' ANEW=1 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one
 
@@ -226,6 +226,11 @@ clean: ## build: remove everything that was made here, .venv included
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# The module that lies in the tree is of these sources: setup.py need not build it again. ANEW=1: it does.
+NATIVE   = fast_litellm_shm/_native.abi3.so
+IF_BUILT = if [ -z "$(ANEW)$$FAST_SHM_CFLAGS$$FAST_SHM_LDFLAGS" ] && [ -e $(NATIVE) ] && \
+  [ -z "$$(find csrc setup.py pyproject.toml -type f -newer $(NATIVE))" ]; then export FAST_SHM_BUILT=1; fi
+
 # Virtual environments. $(VENV)/.NAME: the package is installed there, editable, with the extra NAME (or
 # several, with commas between them).
 # Python sources are read where they are; the rest asks for a new installation when it changes.
@@ -246,7 +251,7 @@ $(VENV)/.made $(VENV)-bench/.made:
 
 $(VENV)/.%: $(VENV)/.made $(C_SOURCES) csrc/build.py setup.py pyproject.toml
 	@echo "installing fast_litellm_shm and what '$*' needs into $(VENV)"
-	@$(INSTALL) --editable '.[$*]'
+	@$(IF_BUILT); $(INSTALL) --editable '.[$*]'
 	@touch $@ $(patsubst %,$(@D)/.%,$(subst $(comma), ,$*))
 
 # The peers have one of their own: fast-litellm changes litellm wherever both are. Those that do not

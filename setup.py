@@ -1,5 +1,6 @@
 """What pyproject.toml cannot say: the extension module, and where this cannot run."""
 
+import os
 import sys
 import sysconfig
 
@@ -21,6 +22,14 @@ from setuptools import setup
 # One wheel for 3.10 and all later ones; those without a GIL have one each. From 3.15 on these could
 # share one too, of the ABI abi3t (PEP 803). PyObject is opaque there, and the structs of types of
 # csrc/python begin with one: PyObject_GetTypeData() would have to find them, which 3.10 has not.
-one_wheel = {} if sysconfig.get_config_var("Py_GIL_DISABLED") else {"py_limited_api": "cp310"}
+free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+one_wheel = {} if free_threaded else {"py_limited_api": "cp310"}
 
-setup(cffi_modules=["csrc/build.py:ffibuilder"], options={"bdist_wheel": one_wheel})
+# The Makefile says so where the module that lies in the tree is of these sources: all CPythons but
+# those without a GIL share it, and each of its environments would build it anew, in half a minute.
+built = "FAST_SHM_BUILT" in os.environ and not free_threaded
+
+setup(
+    cffi_modules=[] if built else ["csrc/build.py:ffibuilder"],
+    options={"bdist_wheel": one_wheel},
+)
