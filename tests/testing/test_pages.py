@@ -42,7 +42,9 @@ def left(temporary: pathlib.Path) -> set[str]:
     """What runs have left that have ended: segments, and in this folder all else. Other tests run
     pytest at the same time, and have theirs."""
     segments = glob.glob(f"{os.path.dirname(path_of('x'))}/*.test-*")
-    ended = [path for path in segments if not _runs(int(path.rpartition(".test-")[2].split("-")[0]))]
+    ended = [
+        path for path in segments if not _runs(int(path.rpartition(".test-")[2].split("-")[0]))
+    ]
     return {*filter(os.path.exists, ended), *map(str, temporary.glob("fast-shm-test-*"))}
 
 
