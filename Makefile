@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c c-programs environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested test-free-threaded free-threaded
+.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py python-too test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested test-free-threaded free-threaded
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -69,6 +69,11 @@ APART  = $(addprefix tests/,apps browser cluster faults freethreaded hostile lit
 test-py: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
 	$(PYTEST) -n auto $(LOADED)
+
+# What .ci/run runs again on another Python.
+python-too: $(VENV)/.test
+	$(PYTEST) -n auto $(addprefix tests/,limiters pools routing shared integrations tokens test_api_names.py test_docstrings.py \
+	  test_limits.py test_light_import.py)
 
 test-cluster: $(VENV)/.test ## test: limits over many hosts, on real Redis and Valkey servers (apt-get install redis-server valkey-server iproute2)
 	$(PYTEST) -n 4 tests/cluster # most of it waits
@@ -146,9 +151,7 @@ test-wheels: ## test: make wheels, and each of them on its platform: every CPyth
 wheels-tested: wheels-built
 	PYTHONS="$(PYTHONS)" $(PYTEST) tests/wheels
 
-c-programs: $(C_TESTS:%=$(BUILD)/c/%)
-
-# What .ci/run needs, one after the other: each builds the extension in place. PYTHON_TOO: another one.
+# What .ci/run needs, one after the other: the extension is built in place. PYTHON_TOO: another one, which builds it again.
 DASHBOARD ?= $(VENV)-dashboard
 SPELLINGS_VENV ?= $(VENV)-spellings
 APPS_VENV ?= $(VENV)-apps
