@@ -141,8 +141,13 @@ test-free-threaded: ## test: the tests on a Python without the GIL. FREETHREADED
 
 test-freethreaded: test-free-threaded # its former name
 
-free-threaded: $(VENV)/.test-free-threaded
-	$(PYTEST) -n auto $(WITHOUT_GIL) $(FREE_THREADED)
+free-threaded: $(VENV)/.test-free-threaded $(VENV)/tiktoken
+	TIKTOKEN_CACHE_DIR=$(abspath $(VENV))/tiktoken/litellm/litellm_core_utils/tokenizers \
+	  $(PYTEST) -n auto $(WITHOUT_GIL) $(FREE_THREADED)
+
+# LiteLLM does not run there; its wheel has the files that tiktoken wants.
+$(VENV)/tiktoken: $(VENV)/.made
+	@$(BY_PIP) --no-deps --target $@ litellm
 
 # PYTHONS: of x86-64, by their paths; those that are found, if it is empty.
 test-wheels: ## test: make wheels, and each of them on its platform: every CPython that is found, qemu, musl; WHEELS=manylinux-x86_64

@@ -254,7 +254,7 @@ static __attribute__((noinline)) uint64_t merge_noted(const fshm_vocabulary *v, 
   uint64_t count = 0;
   merge_all(v, u->merging, u->n, SHORT_PARTS);
   for (unsigned i = 0; i < u->n; i++) {
-    unsigned tokens = (unsigned)__builtin_popcount(u->merging[i].parts);
+    unsigned tokens = (unsigned)__builtin_popcountll(u->merging[i].parts);
     piece_key_t k = u->pieces[i].key;
     count += tokens - 1;
     if (v->cache)

@@ -119,14 +119,16 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
 /* Many short pieces ------------------------------------------------------------------------- */
 
 #define MERGED_AT_ONCE 48 /* pieces */
-#define PARTS 32 /* a place each; of a piece of up to SHORT_PIECE bytes, 16 are looked at */
-#define SHORT_PARTS 16
+#define PARTS 64 /* a place each. Looked at are as many of them as the length asks for: */
+#define SHORT_PARTS 16 /* of a piece of up to SHORT_PIECE bytes */
+#define FEWER_PARTS \
+  32 /* of a window of a piece that is not very long, and of the border of two windows */
 
 /* A piece of 1 to PARTS - 1 bytes that is being merged by rank, as tiktoken does. */
 typedef struct {
   _Alignas(16) uint32_t merges[PARTS]; /* by the place where a part begins; see merge_at() */
   uint32_t tokens[PARTS];
-  uint32_t parts; /* a bit for each place where one begins */
+  uint64_t parts; /* a bit for each place where one begins */
   uint32_t left, at; /* where the parts of the two new pairs begin */
   uint64_t pairs[2]; /* the part before the new one and it; it and the part behind it */
 } merging_t;
@@ -158,7 +160,7 @@ static inline uint32_t least_merge(const uint32_t *merges, unsigned parts) {
 
 static inline void merge_begin(const fshm_vocabulary *v, merging_t *m, const uint8_t *p,
                                unsigned length, unsigned parts) {
-  m->parts = (1U << length) - 1;
+  m->parts = (UINT64_C(1) << length) - 1;
   for (unsigned i = 0; i < parts; i++) m->merges[i] = NO_MERGE;
   for (unsigned i = 0; i < length; i++) {
     m->tokens[i] = NODE_TOKEN(cell_of(v, v->header.root ^ p[i])) - 1;
@@ -172,16 +174,17 @@ static inline bool merge_next(const fshm_vocabulary *v, merging_t *m, unsigned p
   uint32_t least = least_merge(m->merges, parts);
   if (least == NO_MERGE) return false;
   unsigned at = least % PARTS, token = (least ^ SOME_MERGE) / PARTS;
-  unsigned before = m->parts & ((1U << at) - 1), behind = m->parts & ~(((1U << at) << 1) - 1);
-  unsigned taken = (unsigned)__builtin_ctz(behind); /* a merge has a part behind it */
+  uint64_t before = m->parts & ((UINT64_C(1) << at) - 1),
+           behind = m->parts & ~(((UINT64_C(1) << at) << 1) - 1);
+  unsigned taken = (unsigned)__builtin_ctzll(behind); /* a merge has a part behind it */
   behind &= behind - 1;
-  m->parts &= ~(1U << taken);
+  m->parts &= ~(UINT64_C(1) << taken);
   m->tokens[at] = token;
   m->at = at;
-  m->left = before ? 31 - (unsigned)__builtin_clz(before) : at;
+  m->left = before ? 63 - (unsigned)__builtin_clzll(before) : at;
   m->merges[at] = m->merges[taken] = m->merges[m->left] = NO_MERGE;
   m->pairs[0] = before ? pair_of(m->tokens[m->left], token) : NO_PAIR;
-  m->pairs[1] = behind ? pair_of(token, m->tokens[__builtin_ctz(behind)]) : NO_PAIR;
+  m->pairs[1] = behind ? pair_of(token, m->tokens[__builtin_ctzll(behind)]) : NO_PAIR;
   for (int i = 0; i < 2; i++) __builtin_prefetch(filter_word(v, pair_hash(m->pairs[i])));
   return true;
 }
@@ -209,8 +212,9 @@ static inline unsigned merge_filter(const fshm_vocabulary *v, merging_t *m, aske
 
 /* Merge all of them to their ends. Which memory a merge reads is known only when the one before it is done: so there is
  * a merge of each piece in turn, and each step asks for what the next one reads. */
-static inline void merge_all(const fshm_vocabulary *v, merging_t *merging, unsigned n,
-                             unsigned parts) {
+static inline __attribute__((always_inline)) void merge_all(const fshm_vocabulary *v,
+                                                            merging_t *merging, unsigned n,
+                                                            unsigned parts) {
   uint8_t going[MERGED_AT_ONCE];
   asked_t asked[2 * MERGED_AT_ONCE];
   for (unsigned i = 0; i < n; i++) going[i] = (uint8_t)i;

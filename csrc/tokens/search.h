@@ -41,12 +41,12 @@ static inline bool comes_again(const uint8_t *p, size_t place, size_t length, ui
 /* Of a long piece of ASCII, the next windows are merged, each by itself and all of them in turn (merge_all). Most tokens
  * of a window are also those of the piece, and they stay apart: so the search takes them as they are, from the first one
  * that fits. */
-#define WINDOW (PARTS - 1) /* bytes */
-#define LEAST_WINDOW 20
-#define LEAST_WINDOWS ((size_t)4) /* fewer are not worth it */
-#define LEAST_WINDOWED \
-  (LEAST_WINDOWS * LEAST_WINDOW) /* bytes that are left; more than is read for one window */
-#define SEARCHED_AHEAD (MERGED_AT_ONCE * WINDOW)
+#define WINDOW (PARTS - 1) /* bytes, at most */
+#define LEAST_WINDOW(parts) ((parts) * 11 / 16)
+#define LEAST_WINDOWS 4 /* fewer are not worth it */
+#define LEAST_WINDOWED ((size_t)LEAST_WINDOWS * LEAST_WINDOW(FEWER_PARTS)) /* bytes that are left */
+#define WINDOWS_AT_ONCE 32 /* with their borders, they stay in the nearest cache */
+#define SEARCHED_AHEAD (WINDOWS_AT_ONCE * WINDOW)
 
 typedef struct {
   size_t from, until;
@@ -69,10 +69,10 @@ static inline bool is_window(const uint8_t *p, size_t left) {
 }
 
 /* Where a window ends: between two bytes that merge late or never, and so are mostly in two tokens. */
-static inline unsigned window_size(const fshm_vocabulary *v, const uint8_t *p) {
-  unsigned best = WINDOW;
+static inline unsigned window_size(const fshm_vocabulary *v, const uint8_t *p, unsigned parts) {
+  unsigned best = parts - 1;
   uint32_t latest = 0;
-  for (unsigned i = WINDOW; i >= LEAST_WINDOW; i--) {
+  for (unsigned i = parts - 1; i >= LEAST_WINDOW(parts); i--) {
     uint32_t merged = WORD(&v->bigrams[p[i - 1] << 8 | p[i]]);
     best = merged > latest ? i : best;
     latest = merged > latest ? merged : latest;
@@ -82,40 +82,42 @@ static inline unsigned window_size(const fshm_vocabulary *v, const uint8_t *p) {
 
 /* The tokens of what was merged, from its first byte on. */
 static inline void put_hints(const fshm_vocabulary *v, uint32_t *to, merging_t *m, unsigned size) {
-  for (uint32_t parts = m->parts; parts;) {
-    unsigned at = (unsigned)__builtin_ctz(parts);
+  for (uint64_t parts = m->parts; parts;) {
+    unsigned at = (unsigned)__builtin_ctzll(parts);
     parts &= parts - 1;
-    unsigned end = parts ? (unsigned)__builtin_ctz(parts) : size;
+    unsigned end = parts ? (unsigned)__builtin_ctzll(parts) : size;
     if (unlikely(m->tokens[at] >= v->header.tokens)) m->tokens[at] = 0; /* damaged */
     to[at] = (end - at) << 24 | m->tokens[at] | (parts ? 0 : FOUND_LAST);
   }
 }
 
 /* The last bit of `bits`, which has one. */
-static inline unsigned last_of(uint32_t bits) { return 31 - (unsigned)__builtin_clz(bits); }
+static inline unsigned last_of(uint64_t bits) { return 63 - (unsigned)__builtin_clzll(bits); }
 
 /* Two windows whose tokens do not stay apart: what is to be merged again, with two tokens of each. False: it is too long,
  * or one of them has fewer than four. */
 static inline bool border_of(const merging_t *left, unsigned left_size, const merging_t *right,
                              unsigned *before, unsigned *size) {
-  if (__builtin_popcount(left->parts) < 4 || __builtin_popcount(right->parts) < 4) return false;
-  unsigned from = last_of(left->parts & ~(1U << last_of(left->parts)));
-  uint32_t behind = right->parts & (right->parts - 1);
-  unsigned to = (unsigned)__builtin_ctz(behind & (behind - 1));
+  if (__builtin_popcountll(left->parts) < 4 || __builtin_popcountll(right->parts) < 4) return false;
+  unsigned from = last_of(left->parts & ~(UINT64_C(1) << last_of(left->parts)));
+  uint64_t behind = right->parts & (right->parts - 1);
+  unsigned to = (unsigned)__builtin_ctzll(behind & (behind - 1));
   *before = left_size - from;
   *size = *before + to;
-  return *size <= WINDOW;
+  return *size < FEWER_PARTS;
 }
 
-/* False: there are none. */
-static __attribute__((noinline)) bool hint_windows(const fshm_vocabulary *v, const uint8_t *p,
-                                                   size_t place, size_t length, hints_t *h,
-                                                   uint64_t *patience) {
-  merging_t merging[MERGED_AT_ONCE], again[MERGED_AT_ONCE];
-  unsigned sizes[MERGED_AT_ONCE], borders[MERGED_AT_ONCE], border_sizes[MERGED_AT_ONCE];
+/* False: there are none. parts: a constant, for which it is compiled. */
+static inline __attribute__((always_inline)) bool hint_windows_of(const fshm_vocabulary *v,
+                                                                  const uint8_t *p, size_t place,
+                                                                  size_t length, hints_t *h,
+                                                                  uint64_t *patience,
+                                                                  const unsigned parts) {
+  merging_t merging[WINDOWS_AT_ONCE], again[WINDOWS_AT_ONCE];
+  unsigned sizes[WINDOWS_AT_ONCE], borders[WINDOWS_AT_ONCE], border_sizes[WINDOWS_AT_ONCE];
   unsigned n = 0, at = 0, borders_n = 0;
-  for (; n < MERGED_AT_ONCE && is_window(p + place + at, length - place - at); n++) {
-    sizes[n] = window_size(v, p + place + at);
+  for (; n < WINDOWS_AT_ONCE && is_window(p + place + at, length - place - at); n++) {
+    sizes[n] = window_size(v, p + place + at, parts);
     at += sizes[n];
   }
   if (n < LEAST_WINDOWS) return false;
@@ -125,8 +127,8 @@ static __attribute__((noinline)) bool hint_windows(const fshm_vocabulary *v, con
   memset(h->tokens, 0, at * sizeof *h->tokens);
   at = 0;
   for (unsigned i = 0; i < n; at += sizes[i++])
-    merge_begin(v, &merging[i], p + at, sizes[i], PARTS);
-  merge_all(v, merging, n, PARTS);
+    merge_begin(v, &merging[i], p + at, sizes[i], parts);
+  merge_all(v, merging, n, parts);
   at = 0;
   for (unsigned i = 0; i < n; at += sizes[i++]) {
     put_hints(v, &h->tokens[at], &merging[i], sizes[i]);
@@ -138,18 +140,30 @@ static __attribute__((noinline)) bool hint_windows(const fshm_vocabulary *v, con
     } else if (border_of(&merging[i - 1], sizes[i - 1], &merging[i], &before, &size)) {
       borders[borders_n] = at - before;
       border_sizes[borders_n] = size;
-      merge_begin(v, &again[borders_n++], p + at - before, size, PARTS);
-      uint32_t kept = merging[i - 1].parts & ((1U << (sizes[i - 1] - before)) - 1);
+      merge_begin(v, &again[borders_n++], p + at - before, size, FEWER_PARTS);
+      uint64_t kept = merging[i - 1].parts & ((UINT64_C(1) << (sizes[i - 1] - before)) - 1);
       left[last_of(kept)] |= FOUND_LAST;
     }
   }
-  merge_all(v, again, borders_n, PARTS);
+  merge_all(v, again, borders_n, FEWER_PARTS);
   for (unsigned i = 0; i < borders_n; i++) {
     uint32_t *to = &h->tokens[borders[i]];
     memset(to, 0, border_sizes[i] * sizeof *to);
     put_hints(v, to, &again[i], border_sizes[i]);
   }
   return true;
+}
+
+/* Long windows have fewer borders. But there must be some windows. */
+static __attribute__((noinline)) bool hint_short_windows(const fshm_vocabulary *v, const uint8_t *p,
+                                                         size_t place, size_t length, hints_t *h,
+                                                         uint64_t *patience) {
+  return hint_windows_of(v, p, place, length, h, patience, FEWER_PARTS);
+}
+static __attribute__((noinline)) bool hint_windows(const fshm_vocabulary *v, const uint8_t *p,
+                                                   size_t place, size_t length, hints_t *h,
+                                                   uint64_t *patience) {
+  return hint_windows_of(v, p, place, length, h, patience, PARTS);
 }
 
 /* The search -------------------------------------------------------------------------------- */
@@ -189,6 +203,12 @@ static inline match_t longest_fitting(searching_t *g, match_t next, uint32_t bef
   while (next.token != NO_TOKEN && (next.token == g->tried || !fits_next(g, next, before)))
     next = shorter(g->v, next);
   return next;
+}
+
+static inline bool hint_next(searching_t *g, hints_t *h) {
+  if (g->length - g->place < (size_t)LEAST_WINDOWS * PARTS)
+    return hint_short_windows(g->v, g->p, g->place, g->length, h, &g->patience);
+  return hint_windows(g->v, g->p, g->place, g->length, h, &g->patience);
 }
 
 /* Hints: characters ------------------------------------------------------------------------- */
@@ -263,7 +283,7 @@ static inline bool take_first(searching_t *g, hints_t *h) {
     if (place < h->until || g->length - place < LEAST_WINDOWED ||
         (g->p[place] | g->p[place + 1]) & 0x80)
       return false;
-    if (!hint_windows(g->v, g->p, place, g->length, h, &g->patience)) return false;
+    if (!hint_next(g, h)) return false;
   }
   const uint32_t *hint = &h->tokens[place - h->from];
   match_t next = {FOUND_TOKEN(*hint), FOUND_LENGTH(*hint)};

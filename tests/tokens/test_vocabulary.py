@@ -177,6 +177,7 @@ def test_patterns_that_are_not_known(folder: Path, monkeypatch: pytest.MonkeyPat
     assert not [*folder.iterdir()]
 
 
+@needs_encoding
 def test_no_child_compiles_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no folder can be had, what a child compiles is lost."""
 
