@@ -147,7 +147,7 @@ free-threaded: $(VENV)/.test-free-threaded $(VENV)/tiktoken
 
 # LiteLLM does not run there; its wheel has the files that tiktoken wants.
 $(VENV)/tiktoken: $(VENV)/.made
-	@$(BY_PIP) --no-deps --target $@ litellm
+	@$(INSTALL) --no-deps --target $@ litellm
 
 # PYTHONS: of x86-64, by their paths; those that are found, if it is empty.
 test-wheels: ## test: make wheels, and each of them on its platform: every CPython that is found, qemu, musl; WHEELS=manylinux-x86_64
