@@ -654,7 +654,8 @@ void fshm_wait_ask(fshm_limiter *l, const void *key, uint64_t length, int idle, 
     table_find(h.s, nth_hash(h.hash, number), permit_who(l->index, h.hash, number), &f);
     if (!f.pair.who || !IS_PERMIT(f.pair.when) || (idle && !(f.pair.when & IDLE))) continue;
     uint32_t owner = OWNER_OF(f.pair.when);
-    if (owner == own || told[owner / 64] >> owner % 64 & 1) continue;
+    /* joined: an index of the process table; a hostile permit may name any */
+    if (owner == own || !process_joined(h.s, owner) || told[owner / 64] >> owner % 64 & 1) continue;
     told[owner / 64] |= UINT64_C(1) << owner % 64;
     wait_tell(h.s, owner);
     place->asked = 1;
