@@ -122,14 +122,14 @@ class Questions:
         most = max(costs)
         took = time.monotonic_ns() - began
         lib.fshm_metric_record(
-            self._segment, self._metric, took, 1, True, most, most * int(admitted + batch)
+            self._segment, self._metric, took, 1, True, most, most * _whole(admitted + batch)
         )
         if junk:
             self._connection.tell_junk(self._limiter, key)
         if not admitted:
             self._states.count(raw, lib.FSHM_DENIED)
         if back_off or not admitted:
-            self._refused.refuse(raw, costs, int(back_off) * 1000)
+            self._refused.refuse(raw, costs, _whole(back_off) * 1000)
         return decided(out)
 
     def ahead(self, due: Iterator[tuple[bytes, tuple[int, ...]]]) -> None:
@@ -147,7 +147,7 @@ class Questions:
                         self._asked, raw, len(raw), numbers, question, answers + at, ffi.NULL
                     )
                     asked += costs[0]
-                    granted += costs[0] * int(answers[at + 1])
+                    granted += costs[0] * _whole(answers[at + 1])
                     if answers[at + 5]:
                         self._connection.tell_junk(self._limiter, self._key(raw))
                     at += size // 8
@@ -186,6 +186,11 @@ class Questions:
             keys = [self._key(raw) for raw, _, _, _ in part]
             said = b"".join([self._said(_AHEAD, raw, each) for raw, _, _, each in part])
             yield wire.Call(algorithms.SOURCE, self._packed(keys, said))
+
+
+def _whole(number: float) -> int:
+    """Of an answer. 0: it is none, as only a server that means harm says."""
+    return int(number) if 0 <= number < 1 << 53 else 0
 
 
 def of(

@@ -230,6 +230,31 @@ def test_junk_is_its_keys_problem_alone(
     assert two.acquire("key")
 
 
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF, -1.0, 1e300])
+def test_an_answer_that_is_no_number(
+    limits_server: servers.Server,
+    segment: Segment,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: float,
+) -> None:
+    """NaN was a ValueError in the middle of a request."""
+    cluster = Cluster(url_of(limits_server), on_outage="deny", timeout=servers.SLOWEST)
+    limiter = RateLimiter(Window(100, HOUR), name="api", segment=segment, cluster=cluster)
+    assert limiter.acquire("before")
+    connection = connection_of(limiter)
+    real = connection.run_one
+
+    def run_one(*args: Any) -> Any:
+        return struct.pack("<12d", wrong > 0, *[wrong] * 11) if real(*args) else b""
+
+    monkeypatch.setattr(connection, "run_one", run_one)
+    assert limiter.acquire("key").allowed == (wrong > 0)
+    monkeypatch.undo()
+    assert connection.outage is None
+    limiter.reset("key")
+    assert limiter.acquire("key")
+
+
 def test_junk_for_permits(limits_server: servers.Server, segment: Segment, other: Segment) -> None:
     """Who holds some goes on holding them; nobody is granted more until all have told."""
     cluster = Cluster(url_of(limits_server), on_outage="deny", timeout=servers.SLOWEST)
