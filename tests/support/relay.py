@@ -74,11 +74,14 @@ class Relay:
         elif found in self._others:
             try:
                 data = found.recv(65536)
-                self._others[found].sendall(data)
+                self._send(self._others[found], data)
             except OSError:
                 data = b""
             if not data:
                 self._close(select, found)
+
+    def _send(self, to: socket.socket, data: bytes) -> None:
+        to.sendall(data)
 
     def _close(self, select: selectors.BaseSelector, found: socket.socket) -> None:
         other = self._others.pop(found, None)
