@@ -115,8 +115,8 @@ MINUTES ?= 10
 soak: $(VENV)/.test ## test: one application with every class in it, under gunicorn for MINUTES=10 or SECONDS=20; workers die
 	PYTHONPATH=tests $(VENV)/bin/python -m soak.run --seconds $(or $(SECONDS),$$(($(MINUTES) * 60))) $(KINDS:%=--kind %)
 
-test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## test: the plugin against LiteLLM's real proxy, 4 workers of either kind
-	$(PYTEST) -n 2 --dist loadscope tests/litellm_proxy
+test-litellm: $(VENV)/.test $(VENV)/.litellm-proxy ## test: the plugin against LiteLLM's real proxy, 4 workers of either kind; LITELLM=test_proxy,test_hosts
+	$(PYTEST) -n 2 --dist loadscope $(if $(LITELLM),$(patsubst %,tests/litellm_proxy/%.py,$(subst $(comma), ,$(LITELLM))),tests/litellm_proxy)
 	$(PYTEST) tests/integrations/litellm/test_calls.py # whose 429 and 503 are the proxy's own
 
 test-apps: ## test: real applications of each framework, with real workers; in a venv of their own
