@@ -734,7 +734,8 @@ static PyObject *core_bind_plans(PyObject *o, PyObject *age) {
   if (PyErr_Occurred()) return NULL;
   if (bound(self)) return NULL;
   if (self->plans.entries) return PyErr_Format(PyExc_RuntimeError, "plans are bound once");
-  self->plans.age = seconds > 1e9 ? UINT64_MAX >> 25 : (uint64_t)(seconds * 1e9) >> 20;
+  const double ns = seconds > 0 ? seconds * 1e9 : 0; /* nor NaN */
+  self->plans.age = ns > 1e18 ? UINT64_MAX >> 25 : (uint64_t)ns >> 20;
   if (!plans_make(&self->plans)) return PyErr_NoMemory();
   self->plans.overrides = fshm_overrides(self->limiter);
   Py_RETURN_NONE;
