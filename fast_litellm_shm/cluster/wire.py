@@ -104,8 +104,8 @@ class Wire:
             found = b""
         if len(found) == most and found.startswith(begin):
             return found[len(begin) : -2]
-        # The server has closed the connection, or refuses, or says something else: the library reads
-        # that, on a new connection.
+        # The server has closed the connection, or refuses, or says something else. The library
+        # reads that, on a new connection.
         connection.disconnect()
         return self._once_more(connection, call)
 
