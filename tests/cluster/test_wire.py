@@ -40,7 +40,8 @@ def limiter_at(path: str, segment: Segment, timeout: float = servers.SLOWEST) ->
 
 
 def test_a_reply_in_pieces(server: servers.Server, segment: Segment) -> None:
-    with InPieces(server.path) as relay:
+    relay = InPieces(server.path)
+    with relay:
         limiter = limiter_at(relay.path, segment)
         for i in range(5):
             found = limiter.acquire(f"key {i}", 40)
@@ -50,7 +51,8 @@ def test_a_reply_in_pieces(server: servers.Server, segment: Segment) -> None:
 
 def test_a_line_that_ends_within_a_reply(server: servers.Server, segment: Segment) -> None:
     """It is asked again. What was taken then counts: never more than the limit."""
-    with InPieces(server.path) as relay:
+    relay = InPieces(server.path)
+    with relay:
         limiter = limiter_at(relay.path, segment)
         for i, after in enumerate((1, 3, 5, 50), start=1):
             assert limiter.acquire("before", 1)
