@@ -121,8 +121,7 @@ static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t 
 #define MERGED_AT_ONCE 48 /* pieces */
 #define PARTS 64 /* a place each. Looked at are as many of them as the length asks for: */
 #define SHORT_PARTS 16 /* of a piece of up to SHORT_PIECE bytes */
-#define FEWER_PARTS \
-  32 /* of a window of a piece that is not very long, and of the border of two windows */
+#define FEWER_PARTS 32 /* of a short window, and of the border of two windows */
 
 /* A piece of 1 to PARTS - 1 bytes that is being merged by rank, as tiktoken does. */
 typedef struct {

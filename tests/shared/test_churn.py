@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from contextlib import suppress
 
 import pytest
 from support import churn, race
 from support.children import run
+from support.names import remove, unique_name
 from support.waiting import wait_until
 from support.workers import now
 
@@ -33,18 +35,23 @@ def test_ten_times_more_keys_than_capacity(segment_name: str) -> None:
 
 
 @pytest.mark.parametrize("capacity", [100, 1000])
-def test_a_table_holds_its_capacity(segment_name: str, capacity: int) -> None:
-    limiter = RateLimiter(
-        Window(1, 3600), name="t", segment=Segment(segment_name, capacity=capacity), on_full="raise"
-    )
-    admitted = []
-    for i in range(capacity):  # one in 100,000 finds no room: "Claiming" in DESIGN.md
-        with suppress(SegmentFullError):
-            assert limiter.is_allowed(f"k{i}")
-            admitted.append(i)
-    assert len(admitted) >= capacity * 99 // 100
-    assert not any(limiter.is_allowed(f"k{i}") for i in admitted)
-    assert limiter.segment.stats()["used"] == len(admitted)
+def test_a_table_holds_its_capacity(request: pytest.FixtureRequest, capacity: int) -> None:
+    """For one key in 100,000 there is no room, by chance: "Claiming a slot" in DESIGN.md. Of 10,000
+    keys, more than 3 are refused in one such run of 100,000."""
+    refused = 0
+    for _ in range(10_000 // capacity):
+        name = unique_name("full")
+        request.addfinalizer(functools.partial(remove, name))
+        segment, admitted = Segment(name, capacity=capacity), []
+        limiter = RateLimiter(Window(1, 3600), name="t", segment=segment, on_full="raise")
+        for i in range(capacity):
+            with suppress(SegmentFullError):
+                assert limiter.is_allowed(f"k{i}")
+                admitted.append(i)
+        refused += capacity - len(admitted)
+        assert not any(limiter.is_allowed(f"k{i}") for i in admitted)
+        assert segment.stats()["used"] == len(admitted)
+    assert refused <= 3
 
 
 def test_an_expired_key_is_as_never_seen(segment: Segment) -> None:
