@@ -27,8 +27,9 @@ static inline unsigned permits_unsaid(const history_t *h, const config_t *c, int
 
 /* Permits of killed processes that the call may take for held: its process has looked at them before the kill was over,
  * and still goes by that look ("Denials in constant time": the dead say nothing). It does so for 64 times the time that
- * the look took. */
+ * the look took, half a second at most. */
 #define LOOK_COUNTS 64
+#define LOOK_COUNTS_NS UINT64_C(500000000)
 static inline bool goes_by_look(const history_t *h, const config_t *c, int lane, const op_t *op,
                                 uint64_t death) {
   if (op->fixed || !op->reads) return false;
@@ -37,7 +38,7 @@ static inline bool goes_by_look(const history_t *h, const config_t *c, int lane,
     if (look->kind != OP_IN_FLIGHT && look->kind != OP_ADMIT) continue;
     if (look->fixed || look->key != op->key || look->reads < 2 || look->invoked > death) continue;
     const uint64_t took = look->read[look->reads - 1] - look->read[0];
-    if (op->read[0] < look->read[0] + took * LOOK_COUNTS) return true;
+    if (op->read[0] < look->read[0] + min_u64(took * LOOK_COUNTS, LOOK_COUNTS_NS)) return true;
   }
   return false;
 }

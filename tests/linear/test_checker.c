@@ -328,6 +328,11 @@ static void test_looks_over_a_death(void) {
     counted->read[0] = NOW + 1, h.ops[TESTER][0].responded = 4; /* still before the look ended */
     h.ops[TESTER][0].invoked = 3;
     CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+    look->read[1] = NOW + 400000000, counted->read[0] = NOW + 499999999;
+    CHECK_EQ(verdict(&h, 1), LINEARISABLE);
+    counted->read[0] = NOW + 500000000; /* half a second, however long the look took */
+    CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
+    counted->read[0] = NOW + 1;
     h.ops[TESTER][0].responded = 2; /* over before the look, which finds the permit free */
     h.ops[TESTER][0].invoked = 2, look->count = 0;
     CHECK_EQ(verdict(&h, 1), NOT_LINEARISABLE);
