@@ -28,6 +28,10 @@ one_wheel = {} if free_threaded else {"py_limited_api": "cp310"}
 # The Makefile says so where the module that lies in the tree is of these sources: all CPythons but
 # those without a GIL share it, and each of its environments would build it anew, in half a minute.
 built = "FAST_SHM_BUILT" in os.environ and not free_threaded
+if built and not os.path.exists("fast_litellm_shm/_native.abi3.so"):
+    raise SystemExit(
+        "FAST_SHM_BUILT is set, and fast_litellm_shm/_native.abi3.so is not there: unset it."
+    )
 
 setup(
     cffi_modules=[] if built else ["csrc/build.py:ffibuilder"],
