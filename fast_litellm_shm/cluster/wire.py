@@ -88,6 +88,7 @@ class Wire:
     def _bytes(self, connection: Any, call: Call, size: int) -> Any:
         """Past the library, whose reader knows any reply and takes longer than the server."""
         line: socket.socket | None = getattr(connection, "_sock", None)
+        # Not connected, or a release that names it otherwise; or it may have to say PING first.
         if line is None or connection.health_check_interval:
             return self._once_more(connection, call)
         begin = b"$%d\r\n" % size

@@ -9,7 +9,7 @@ import pytest
 from support import servers
 from support.leases import connection_of
 from support.relay import Relay
-from support.waiting import PATIENCE
+from support.waiting import wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster
@@ -18,9 +18,9 @@ HOUR = 3600
 
 
 class InPieces(Relay):
-    """Whatever the server says comes byte by byte. again: so many bytes come, and the line ends."""
+    """Whatever the server says comes byte by byte."""
 
-    ends_after = 0
+    ends_after = 0  # so many bytes of what it says next; 0: it does not end
 
     def _send(self, to: Any, data: bytes) -> None:
         if to.getpeername() == self._target:  # to the server
@@ -85,10 +85,7 @@ def test_a_server_that_refuses(server: servers.Server, segment: Segment) -> None
         client.config_set("maxmemory", 1)
         assert not limiter.acquire("other")
         client.config_set("maxmemory", 0)
-    ended = time.monotonic() + PATIENCE
-    while not limiter.acquire("another"):
-        assert time.monotonic() < ended
-        time.sleep(0.05)
+    wait_until("it is asked again", lambda: limiter.acquire("another"), every=0.05)
 
 
 def test_a_server_that_is_late(server: servers.Server, segment: Segment) -> None:
@@ -98,10 +95,7 @@ def test_a_server_that_is_late(server: servers.Server, segment: Segment) -> None
         client.client_pause(1000)
         assert not limiter.acquire("other")  # the policy
         client.client_unpause()
-    ended = time.monotonic() + PATIENCE
-    while not limiter.acquire("other", 40):
-        assert time.monotonic() < ended
-        time.sleep(0.05)
+    wait_until("it is asked again", lambda: limiter.acquire("other", 40), every=0.05)
     # What the first one asked has arrived, and its answer is nobody's.
     assert limiter.acquire("third", 40)
     assert not limiter.acquire("third", 61)
