@@ -111,7 +111,7 @@ class Connection(Link):
 
     def run_one(self, operation: str, call: wire.Call, began: int, size: int) -> bytes:
         try:
-            found: bytes = (self._wire or self._wire_now()).one(call, size)
+            found: bytes = (self._wire or self._wire_now()).one(call)
             return found if len(found) == size else self._of_size(found, size)
         except Exception as error:
             self._refused(operation, error, began)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -48,7 +47,7 @@ class Wire:
         self._idle = deque[Any]()
         errors = library("redis").exceptions
         self._refusals, self._unknown = errors.ResponseError, errors.NoScriptError
-        self._lost, self._late = errors.ConnectionError, errors.TimeoutError
+        self._lost = errors.ConnectionError
 
     def run(self, calls: Iterable[Call]) -> list[Any]:
         """The replies, in one round trip. Raises what the redis library raises: where several calls
@@ -68,47 +67,27 @@ class Wire:
                 raise each
         return found
 
-    def one(self, call: Call, size: int) -> Any:
-        """run() of one call that the server answers with so many bytes, without what only several
-        need."""
+    def one(self, call: Call) -> Any:
+        """run() of one call, without what only several need."""
         try:
             connection = self._idle.pop()
         except IndexError:
             return self.run((call,))[0]
         try:
-            return self._bytes(connection, call, size)
+            connection.send_packed_command((call.packed,))
+            return connection.read_response()
+        except self._unknown:
+            return self.run((call,))[0]
         except self._refusals:
             raise
+        except self._lost:  # as in _replies()
+            connection.disconnect()
+            return self._once_more(connection, call)
         except BaseException:
             connection.disconnect()
             raise
         finally:
             self._idle.append(connection)
-
-    def _bytes(self, connection: Any, call: Call, size: int) -> Any:
-        """Past the library, whose reader knows any reply and takes longer than the server."""
-        line: socket.socket | None = getattr(connection, "_sock", None)
-        # Not connected, or a release that names it otherwise; or it may have to say PING first.
-        if line is None or connection.health_check_interval:
-            return self._once_more(connection, call)
-        begin = b"$%d\r\n" % size
-        most = len(begin) + size + 2
-        try:
-            line.sendall(call.packed)
-            found = line.recv(most)
-            while len(found) < most and found and found[: len(begin)] == begin[: len(found)]:
-                more = line.recv(most - len(found))
-                found = found + more if more else b""
-        except TimeoutError as error:
-            raise self._late("the server did not answer in time") from error
-        except OSError:
-            found = b""
-        if len(found) == most and found.startswith(begin):
-            return found[len(begin) : -2]
-        # The server has closed the connection, or refuses, or says something else. The library
-        # reads that, on a new connection.
-        connection.disconnect()
-        return self._once_more(connection, call)
 
     def _once_more(self, connection: Any, call: Call) -> Any:
         (found,) = self._exchange(connection, [call], ())

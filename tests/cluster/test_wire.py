@@ -1,4 +1,4 @@
-"""One call, one reply: read past the redis library, whatever comes instead."""
+"""One call, one reply, whatever comes instead of it."""
 
 from __future__ import annotations
 
