@@ -246,8 +246,12 @@ class TokenLeases:
         if not decision:
             return decision, lambda: None
         costs = self.costs(cost)
-        ends: tuple[int, ...] = _NONE
-        if not all(until):
+        if all(until):
+            # The lease of a window ends with it. A batch that comes meanwhile may move that end by
+            # the time that the answer was on its way; then the tokens do not fit there.
+            rules = zip(until, self._rules, strict=False)
+            ends = (*(0 if rule.kind == 0 else end for end, rule in rules), *_NONE)[:4]
+        else:
             ends, until = self._asked(raw, before, decision, until)
         return decision, partial(self._give_back, raw, costs, until, ends)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.reboots import Host, link_of
+from support.reboots import Host, leases_of, link_of
 from support.waiting import wait_until
 
 from fast_litellm_shm import FixedWindow, HierarchyLimiter
@@ -43,3 +43,24 @@ def test_over_a_reboot(host: Host, binds: str) -> None:
     host.reboot()
     left = hierarchy(host, *n).remaining(PATH)
     assert list(left.values()) == [each - 60 for each in n]
+
+
+def test_a_batch_that_comes_between_a_call_and_its_denial(host: Host) -> None:
+    """A thread refills the lease of a level, which then seems to end a little later than when the
+    call looked at it. What a call consumed that another level denies, goes to the file."""
+    level = host.limiter(FixedWindow(1000, HOUR))
+    assert level.acquire("k")
+    leases = leases_of(level)
+    left = leases.look(b"k")[0][0]
+    decision, give_back = leases.spend(b"k", left)
+    assert decision
+    background = leases.connection.ensure(Background)
+    background.fetch([(leases, b"k", (1,))])
+    assert leases.look(b"k")[0][0] > 0
+    give_back()
+    wait_until("it is given back", lambda: not leases.connection.settlements)
+    with background.reporting:
+        pass
+    assert level.peek("k").remaining == 999
+    host.reboot()
+    assert host.limiter(FixedWindow(1000, HOUR)).peek("k").remaining == 999
