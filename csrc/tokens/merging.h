@@ -95,25 +95,74 @@ static inline uint32_t merged_pair(const fshm_vocabulary *v, uint32_t left, uint
   return likely(!may_merge(v, hash)) ? NO_TOKEN : found_pair(v, pair, hash);
 }
 
-/* Whether merging the bytes of both, side by side, ends with these two. It runs the merges backwards: at each step,
- * left and right are the parts beside the border, and *_until the merge that takes each of them away. */
+/* Two neighbours, whose merges are run backwards: left and right are the parts beside their border, and *_until the merge
+ * that takes each of them away. */
+typedef struct {
+  uint32_t left, right, left_until, right_until;
+} border_t;
+
+static inline border_t border_between(uint32_t left, uint32_t right) {
+  return (border_t){left, right, NO_TOKEN, NO_TOKEN};
+}
+
+enum { MERGED, APART, UNDECIDED };
+
+/* One merge back. Each takes one byte away from a side at least, so there are fewer than UNDONE. */
+#define UNDONE (2 * FSHM_MAX_TOKEN_LENGTH)
+static inline int undo_merge(const fshm_vocabulary *v, border_t *b) {
+  const uint32_t merged = merged_pair(v, b->left, b->right);
+  if (merged < b->left_until && merged <= b->right_until && merged != NO_TOKEN) return MERGED;
+  if ((b->left | b->right) < 256) return APART; /* single bytes */
+  if (b->left >
+      b->right) { /* the later merge is undone first; of two equal ones, that on the right */
+    b->left_until = b->left;
+    b->left = WORD(&v->halves[b->left].right);
+  } else {
+    b->right_until = b->right;
+    b->right = WORD(&v->halves[b->right].left);
+  }
+  const bool damaged = b->left >= v->header.tokens || b->right >= v->header.tokens;
+  return unlikely(damaged) ? APART : UNDECIDED;
+}
+
+/* Whether merging the bytes of both, side by side, ends with these two. */
 static inline bool stay_apart(const fshm_vocabulary *v, uint32_t left, uint32_t right,
                               uint64_t *patience) {
-  uint32_t left_until = NO_TOKEN, right_until = NO_TOKEN;
-  for (int i = 0; i < 2 * FSHM_MAX_TOKEN_LENGTH && *patience; i++, (*patience)--) {
-    uint32_t merged = merged_pair(v, left, right);
-    if (merged < left_until && merged <= right_until && merged != NO_TOKEN) return false;
-    if ((left | right) < 256) return true; /* single bytes */
-    if (left > right) { /* the later merge is undone first; of two equal ones, that on the right */
-      left_until = left;
-      left = WORD(&v->halves[left].right);
-    } else {
-      right_until = right;
-      right = WORD(&v->halves[right].left);
-    }
-    if (unlikely(left >= v->header.tokens || right >= v->header.tokens)) return true;
+  border_t b = border_between(left, right);
+  for (int i = 0; i < UNDONE && *patience; i++, (*patience)--) {
+    int found = undo_merge(v, &b);
+    if (found != UNDECIDED) return found == APART;
   }
   return false;
+}
+
+#define BORDERS_AT_ONCE 64 /* a bit each */
+
+/* Of each, whether its two stay apart: a bit. There is one step of each in turn, and each asks for what the next one
+ * reads. */
+static inline uint64_t which_stay_apart(const fshm_vocabulary *v, border_t *borders, unsigned n,
+                                        uint64_t *patience) {
+  uint8_t going[BORDERS_AT_ONCE];
+  uint64_t apart = 0;
+  for (unsigned i = 0; i < n; i++) going[i] = (uint8_t)i;
+  for (int steps = 0; n && steps < UNDONE && *patience >= n; steps++) {
+    unsigned left = 0;
+    *patience -= n;
+    for (unsigned i = 0; i < n; i++) {
+      const border_t *b = &borders[going[i]];
+      __builtin_prefetch(filter_word(v, pair_hash(pair_of(b->left, b->right))));
+      __builtin_prefetch(&v->halves[b->left > b->right ? b->left : b->right]);
+    }
+    for (unsigned i = 0; i < n; i++) {
+      const unsigned at = going[i];
+      const int found = undo_merge(v, &borders[at]);
+      going[left] = (uint8_t)at;
+      left += found == UNDECIDED;
+      apart |= (uint64_t)(found == APART) << at;
+    }
+    n = left;
+  }
+  return apart;
 }
 
 /* Many short pieces ------------------------------------------------------------------------- */

@@ -94,6 +94,23 @@ static inline void put_hints(const fshm_vocabulary *v, uint32_t *to, merging_t *
 /* The last bit of `bits`, which has one. */
 static inline unsigned last_of(uint64_t bits) { return 63 - (unsigned)__builtin_clzll(bits); }
 
+/* Hints at which a window ends, n of them, by their places: where one stays apart from the next hint, the search goes on
+ * there. */
+static inline void join_windows(const fshm_vocabulary *v, hints_t *h, const uint32_t *places,
+                                unsigned n, uint64_t *patience) {
+  border_t borders[BORDERS_AT_ONCE];
+  uint32_t *ends[BORDERS_AT_ONCE];
+  unsigned asked = 0;
+  for (unsigned i = 0; i < n; i++) {
+    uint32_t *end = &h->tokens[places[i]], *next = end + FOUND_LENGTH(*end);
+    if (!(*end & FOUND_LAST) || !*next) continue; /* another window, merged later, covers it */
+    ends[asked] = end;
+    borders[asked++] = border_between(FOUND_TOKEN(*end), FOUND_TOKEN(*next));
+  }
+  for (uint64_t apart = which_stay_apart(v, borders, asked, patience); apart; apart &= apart - 1)
+    *ends[__builtin_ctzll(apart)] &= ~FOUND_LAST;
+}
+
 /* Two windows whose tokens do not stay apart: what is to be merged again, with two tokens of each. False: it is too long,
  * or one of them has fewer than four. */
 static inline bool border_of(const merging_t *left, unsigned left_size, const merging_t *right,
@@ -114,8 +131,9 @@ static inline __attribute__((always_inline)) bool hint_windows_of(const fshm_voc
                                                                   uint64_t *patience,
                                                                   const unsigned parts) {
   merging_t merging[WINDOWS_AT_ONCE], again[WINDOWS_AT_ONCE];
-  unsigned sizes[WINDOWS_AT_ONCE], borders[WINDOWS_AT_ONCE], border_sizes[WINDOWS_AT_ONCE];
-  unsigned n = 0, at = 0, borders_n = 0;
+  unsigned sizes[WINDOWS_AT_ONCE], begins[WINDOWS_AT_ONCE], again_sizes[WINDOWS_AT_ONCE];
+  uint32_t ends[2 * WINDOWS_AT_ONCE];
+  unsigned n = 0, at = 0, again_n = 0, joins = 0;
   for (; n < WINDOWS_AT_ONCE && is_window(p + place + at, length - place - at); n++) {
     sizes[n] = window_size(v, p + place + at, parts);
     at += sizes[n];
@@ -132,25 +150,31 @@ static inline __attribute__((always_inline)) bool hint_windows_of(const fshm_voc
   at = 0;
   for (unsigned i = 0; i < n; at += sizes[i++]) {
     put_hints(v, &h->tokens[at], &merging[i], sizes[i]);
-    if (!i) continue;
-    unsigned last = last_of(merging[i - 1].parts), before, size;
-    uint32_t *left = &h->tokens[at - sizes[i - 1]];
-    if (stay_apart(v, merging[i - 1].tokens[last], merging[i].tokens[0], patience)) {
-      left[last] &= ~FOUND_LAST;
-    } else if (border_of(&merging[i - 1], sizes[i - 1], &merging[i], &before, &size)) {
-      borders[borders_n] = at - before;
-      border_sizes[borders_n] = size;
-      merge_begin(v, &again[borders_n++], p + at - before, size, FEWER_PARTS);
-      uint64_t kept = merging[i - 1].parts & ((UINT64_C(1) << (sizes[i - 1] - before)) - 1);
-      left[last_of(kept)] |= FOUND_LAST;
-    }
+    ends[i] = at + last_of(merging[i].parts);
   }
-  merge_all(v, again, borders_n, FEWER_PARTS);
-  for (unsigned i = 0; i < borders_n; i++) {
-    uint32_t *to = &h->tokens[borders[i]];
-    memset(to, 0, border_sizes[i] * sizeof *to);
-    put_hints(v, to, &again[i], border_sizes[i]);
+  join_windows(v, h, ends, n - 1, patience);
+  at = 0;
+  for (unsigned i = 0; i + 1 < n; i++) {
+    unsigned before, size, from = at;
+    at += sizes[i];
+    if (!(h->tokens[ends[i]] & FOUND_LAST) ||
+        !border_of(&merging[i], sizes[i], &merging[i + 1], &before, &size))
+      continue;
+    begins[again_n] = at - before;
+    again_sizes[again_n] = size;
+    merge_begin(v, &again[again_n++], p + at - before, size, FEWER_PARTS);
+    uint64_t kept = merging[i].parts & ((UINT64_C(1) << (sizes[i] - before)) - 1);
+    ends[joins++] = from + last_of(kept);
+    h->tokens[from + last_of(kept)] |= FOUND_LAST;
   }
+  merge_all(v, again, again_n, FEWER_PARTS);
+  for (unsigned i = 0; i < again_n; i++) {
+    uint32_t *to = &h->tokens[begins[i]];
+    memset(to, 0, again_sizes[i] * sizeof *to);
+    put_hints(v, to, &again[i], again_sizes[i]);
+    ends[joins++] = begins[i] + last_of(again[i].parts);
+  }
+  join_windows(v, h, ends, joins, patience);
   return true;
 }
 
