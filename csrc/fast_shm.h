@@ -786,6 +786,15 @@ uint64_t fshm_live_slots(fshm_segment *segment, uint8_t *live, uint64_t now_ns);
 /* Slots in use. keys[i] (an array of fshm_geometry.limiters): how many keys of limiter i have consumed something; 0 with
  * FSHM_NAMES_OFF. */
 uint64_t fshm_used(const fshm_segment *segment, uint64_t now_ns, uint64_t *keys);
+/* The key statistics of the slots from `from` to before `until`, into arrays by slot. who: 0, the slot has no key. */
+void fshm_key_stats(const fshm_segment *segment, uint64_t from, uint64_t until, uint64_t *who,
+                    uint32_t *meta, uint64_t *admitted, uint64_t *denied);
+/* The slots, of so many that fshm_key_stats() has read, whose statistics are those of their key; in order, with the
+ * index of the limiter of each. of_limiter: an array of FSHM_KEY_OWNERS: 0, leave out the slots of that one. Returns how
+ * many there are; all arrays have room for count. */
+#define FSHM_KEY_OWNERS 4096
+uint64_t fshm_known_keys(const uint64_t *who, const uint32_t *meta, uint64_t count,
+                         const uint8_t *of_limiter, int64_t *slots, uint16_t *limiters);
 int fshm_key_name(fshm_segment *segment, uint64_t slot, char *out, uint64_t size, uint64_t *length);
 int fshm_peek_slot(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_decision *out);
 /* fshm_peek_slot() for a key that is used with these numbers (fshm_limiter_number()): an array

@@ -125,3 +125,28 @@ int fshm_key_name(fshm_segment *s, uint64_t slot, char *out, uint64_t size, uint
   *length = stored + (word >> 16 & 1 ? NAME_STORED + 1 - stored : 0);
   return 1;
 }
+
+/* Relaxed: a reader may see a key's new counts with its old name, or the other way round. Who needs both together compares
+ * `who` and meta (fshm_known_keys), and reads again where a process moved counts meanwhile. */
+void fshm_key_stats(const fshm_segment *s, uint64_t from, uint64_t until, uint64_t *who,
+                    uint32_t *meta, uint64_t *admitted, uint64_t *denied) {
+  for (uint64_t i = from; i < until && i < s->slot_count; i++) {
+    const key_stats_t *of = &s->key_stats[i];
+    who[i] = load_relaxed(&s->slots[i].who);
+    meta[i] = load_relaxed(&of->meta);
+    admitted[i] = load_relaxed(&of->admitted);
+    denied[i] = load_relaxed(&of->denied);
+  }
+}
+
+uint64_t fshm_known_keys(const uint64_t *who, const uint32_t *meta, uint64_t count,
+                         const uint8_t *of_limiter, int64_t *slots, uint16_t *limiters) {
+  uint64_t known = 0;
+  for (uint64_t i = 0; i < count; i++) {
+    const uint32_t limiter = meta[i] >> 20;
+    slots[known] = (int64_t)i;
+    limiters[known] = (uint16_t)limiter;
+    known += who[i] && of_limiter[limiter] && meta[i] == key_stats_meta(limiter, who[i]);
+  }
+  return known;
+}

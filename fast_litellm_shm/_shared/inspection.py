@@ -11,7 +11,7 @@ import fnmatch
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fast_litellm_shm import limits
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SORTS = ("busiest", "admitted", "denied", "key")
+_PART = 1 << 16  # slots that are looked at together
 # A pool is two limiters, whose names begin so: one of its endpoints, and one of the whole.
 POOL, POOL_TOTAL = "pool ", "pool-total "
 
@@ -74,7 +75,7 @@ def held_permits(segment: Segment) -> Iterator[tuple[int, Any]]:
     from fast_litellm_shm._shared.dependencies import numpy
 
     info, when = ffi.new("fshm_permit_info *"), _view(segment.geometry(), "slots")["when"]
-    for slot in numpy.flatnonzero((when >> numpy.uint64(61)) == 7).tolist():
+    for slot in numpy.flatnonzero(when >= numpy.uint64(7 << 61)).tolist():
         if lib.fshm_permit_at(segment._handle, slot, info) == 1:  # not released since
             yield slot, info
 
@@ -151,11 +152,19 @@ class Counts:
     of the limiter of each of them."""
 
     slots: NDArray[numpy.int64]
-    owner: NDArray[numpy.int64]
+    owner: NDArray[numpy.uint16]
     who: NDArray[numpy.uint64]
     meta: NDArray[numpy.uint32]
     admitted: NDArray[numpy.uint64]
     denied: NDArray[numpy.uint64]
+
+    @classmethod
+    def of(cls, slots: int) -> Counts:
+        """Room for the counts of so many slots."""
+        from fast_litellm_shm._shared.dependencies import numpy
+
+        kinds = ("int64", "uint16", "uint64", "uint32", "uint64", "uint64")
+        return cls(*(numpy.empty(slots, each) for each in kinds))
 
 
 @dataclass(frozen=True)
@@ -194,6 +203,27 @@ class Inspection:
         """How many keys have statistics."""
         return int(self.counts.slots.size)
 
+    def _heaviest(self, slots: NDArray[numpy.int64], sort: str, most: int) -> NDArray[numpy.int64]:
+        """Up to ``most`` of these slots, those with the most calls of a kind first."""
+        from fast_litellm_shm._shared.dependencies import numpy
+
+        calls = sum(
+            getattr(self.counts, each)[slots].astype(numpy.int64)
+            for each in (("admitted", "denied") if sort == "busiest" else (sort,))
+        )
+        if most < slots.size:
+            first = numpy.argpartition(-calls, most)[:most]
+            first.sort()
+            slots, calls = slots[first], calls[first]
+        return slots[numpy.argsort(-calls, kind="stable")]
+
+    @functools.cached_property
+    def _keys_of(self) -> NDArray[numpy.int64]:
+        """How many keys each limiter has, by its index."""
+        from fast_litellm_shm._shared.dependencies import numpy
+
+        return numpy.bincount(self.counts.owner, minlength=self._geometry.limiters)
+
     def limiter_names(self) -> dict[int, str]:
         """By index, the one in counts.owner."""
         return {index: info["name"] for index, info in self._limiters.items()}
@@ -202,9 +232,7 @@ class Inspection:
         """Each limiter but side limiters: name, limits (text), version, resets, keys,
         shared_seconds (0: each key has a slot; else for how many seconds keys without one may still
         use the shared counters)."""
-        from fast_litellm_shm._shared.dependencies import numpy
-
-        keys = numpy.bincount(self.counts.owner, minlength=self._geometry.limiters)
+        keys = self._keys_of
         return [
             {
                 "name": info["name"],
@@ -240,22 +268,19 @@ class Inspection:
         chosen = counts.slots
         if limiter is not None:
             wanted = [i for i, info in self._limiters.items() if info["name"] == limiter]
-            chosen = chosen[numpy.isin(counts.owner, wanted)]
+            chosen = chosen[self._is_of(wanted)[counts.owner] == 1]
         elif self._beside:
-            chosen = chosen[~numpy.isin(counts.owner, list(self._beside))]
+            chosen = chosen[self._is_of(self._beside)[counts.owner] == 0]
         if sort == "key":
             order = sorted(chosen.tolist(), key=lambda slot: self.name(slot)[0])
         else:
-            weight = {
-                "busiest": counts.admitted + counts.denied,
-                "admitted": counts.admitted,
-                "denied": counts.denied,
-            }[sort][chosen]
-            rank = -weight.astype(numpy.int64)
-            if top is not None and match is None and top < chosen.size:
-                first = numpy.argpartition(rank, top)[:top]
-                chosen, rank = chosen[first], rank[first]
-            order = chosen[numpy.argsort(rank, kind="stable")].tolist()
+            if top is not None and top <= _PART and match is None:
+                # In parts: memory that is touched for the first time costs more than to add up.
+                best = chosen[:0]
+                for at in range(0, chosen.size, _PART):
+                    best = self._heaviest(numpy.append(best, chosen[at : at + _PART]), sort, top)
+                chosen = best
+            order = self._heaviest(chosen, sort, chosen.size).tolist()
         rows = (self.row(slot, match) for slot in order)
         yield from itertools.islice((row for row in rows if row is not None), top)
 
@@ -590,24 +615,28 @@ class Inspection:
     def _read_counts(self) -> Counts:
         from fast_litellm_shm._shared.dependencies import numpy
 
-        who = _view(self._geometry, "slots")["who"].copy()
-        key_stats, counters = self._read_key_stats()
-        meta = key_stats["meta"].copy()
-        owner = (meta >> 20).astype(numpy.int64)
-        known = (who != 0) & ((meta & 0xFFFFF) == (who >> numpy.uint64(44)))
-        known &= numpy.isin(owner, list(self._limiters))
-        slots = numpy.flatnonzero(known)
-        admitted = key_stats["admitted"].astype(numpy.uint64)
-        denied = key_stats["denied"].astype(numpy.uint64)
+        of, counters = self._read_key_stats()
         slot = _slot_of(counters)
-        fits = (slot >= 0) & (slot < who.size)
+        fits = (slot >= 0) & (slot < of.who.size)
         counters, slot = counters[fits], slot[fits]
-        same = (counters["key"] & numpy.uint64(0xFFFFFFFF)) == meta[slot]
-        numpy.add.at(admitted, slot[same], counters["admitted"][same])
-        numpy.add.at(denied, slot[same], counters["denied"][same])
-        return Counts(slots, owner[slots], who, meta, admitted, denied)
+        same = (counters["key"] & numpy.uint64(0xFFFFFFFF)) == of.meta[slot]
+        numpy.add.at(of.admitted, slot[same], counters["admitted"][same])
+        numpy.add.at(of.denied, slot[same], counters["denied"][same])
+        count = lib.fshm_known_keys(
+            _pointer(of.who), _pointer(of.meta), of.who.size,
+            _pointer(self._is_of(self._limiters)), _pointer(of.slots), _pointer(of.owner),
+        )  # fmt: skip
+        return replace(of, slots=of.slots[:count], owner=of.owner[:count])
 
-    def _read_key_stats(self) -> tuple[NDArray[Any], NDArray[Any]]:
+    def _is_of(self, limiters: Iterable[int]) -> NDArray[numpy.uint8]:
+        """By the index of a limiter: 1, it is one of these."""
+        from fast_litellm_shm._shared.dependencies import numpy
+
+        found = numpy.zeros(lib.FSHM_KEY_OWNERS, numpy.uint8)
+        found[list(limiters)] = 1
+        return found
+
+    def _read_key_stats(self) -> tuple[Counts, NDArray[Any]]:
         """The key statistics and the per-process counters, as of one moment. A process may move
         counts from the latter to the former meanwhile, so that neither copy has them: those slots
         are read again, up to _TRIES times."""
@@ -616,26 +645,34 @@ class Inspection:
         g = self._geometry
         entries = numpy.flatnonzero(_view(g, "processes")["pid"])  # that were ever used
         used = (int(entries[-1]) + 1 if entries.size else 0) * g.process_stats_entries
-        shared, counters = _view(g, "key_stats"), _view(g, "process_stats")[:used]
+        counters = _view(g, "process_stats")[:used]
+        found = Counts.of(g.slots)
+        by_slot = [_pointer(each) for each in (found.who, found.meta, found.admitted, found.denied)]
         before = counters.copy()
-        key_stats = shared.copy()
+        lib.fshm_key_stats(self._handle, 0, g.slots, *by_slot)
         for _ in range(_TRIES):
             after = counters.copy()
             moved = (before["key"] != after["key"]) | (after["admitted"] < before["admitted"])
             moved |= after["denied"] < before["denied"]
             slots = _slot_of(before[moved])
-            slots = slots[(slots >= 0) & (slots < key_stats.size)]
+            slots = slots[(slots >= 0) & (slots < g.slots)]
             if not slots.size:
                 break
             before = after
-            key_stats[slots] = shared[slots]
-        return key_stats, after
+            for slot in slots.tolist():
+                lib.fshm_key_stats(self._handle, slot, slot + 1, *by_slot)
+        return found, after
+
+
+def _pointer(array: NDArray[Any]) -> Any:
+    """To its first element, for a call of C. The array must live until that ends."""
+    kind = {"u": "uint", "i": "int"}[array.dtype.kind]
+    return ffi.from_buffer(f"{kind}{8 * array.dtype.itemsize}_t[]", array, require_writable=True)
 
 
 # The arrays of a segment: their fields, as csrc/core/layout.h has them.
 _ARRAYS = {
     "slots": [("who", "=u8"), ("when", "=u8")],
-    "key_stats": [("meta", "=u4"), ("admitted", "=u4"), ("denied", "=u4"), ("name", "=u4")],
     "processes": [("pid", "=u4"), ("", "V60")],
     "process_stats": [("key", "=u8"), ("admitted", "=u4"), ("denied", "=u4")],
 }

@@ -354,7 +354,10 @@ class Segment:
         """Size and occupancy: name, path, size_bytes, capacity, used, occupancy (0..1, of
         capacity), limiters, processes, admitted, denied (calls), age_seconds, layout_version,
         names, unlinked, liveness_unknown, damaged (each a sentence, or None)."""
-        damaged = self._check()
+        return self._stats(self._check())
+
+    def _stats(self, damaged: str | None) -> dict[str, Any]:
+        """stats(), where _check() has been called."""
         geometry = self.geometry()
         used = lib.fshm_live_slots(self._handle, ffi.NULL, 0)
         counters = ffi.new("fshm_counters[]", lib.FSHM_COUNTERS)

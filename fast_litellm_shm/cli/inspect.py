@@ -196,7 +196,7 @@ class _Sample:
     ) -> None:
         self._at = time.monotonic()
         self.inspection = Inspection(segment)
-        self.stats = segment.stats()
+        self.stats = segment._stats(self.inspection.damaged)
         self.processes = segments.processes_of(segment)
         self.cluster = cluster_state(segment, self.inspection)
         self.durable = durable_state(segment)

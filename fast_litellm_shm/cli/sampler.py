@@ -224,7 +224,7 @@ class Sampler:
         seconds = now - self._at if self._at is not None else 0.0
         self._at = now
         self._rates.begin(seconds)
-        stats = segment.stats()
+        stats = segment._stats(inspection.damaged)
         attached = segments.processes_of(segment)
         rates = self._keys.add(inspection.counts, seconds)
         permits, pools = permits_and_pools.held(inspection, None, None)

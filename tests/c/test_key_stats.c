@@ -207,7 +207,48 @@ static void test_saturation(void) {
   fshm_close(s);
 }
 
+/* What `fast-shm inspect` reads at once: each key of the limiters that it asks for, and no slot beyond the table. */
+static void test_read_at_once(void) {
+  enum { SLOTS = 4096 };
+  static uint64_t who[SLOTS], admitted[SLOTS], denied[SLOTS];
+  static uint32_t meta[SLOTS];
+  static int64_t slots[SLOTS];
+  static uint16_t limiters[SLOTS];
+  static uint8_t wanted[FSHM_KEY_OWNERS];
+  fshm_segment *s = fresh_segment(1000);
+  fshm_limiter *one = fresh_limiter(s, "one", &generous, 1);
+  fshm_limiter *other = fresh_limiter(s, "other", &generous, 1);
+  for (int i = 0; i < 300; i++) {
+    char key[16];
+    (void)snprintf(key, sizeof key, "key %d", i);
+    (void)apply_at(i % 3 ? one : other, FSHM_ACQUIRE, key, 1, NOW);
+  }
+  CHECK_OP(s->slot_count, <=, SLOTS);
+  who[s->slot_count - 1] = 77;
+  fshm_key_stats(s, 0, s->slot_count - 1, who, meta, admitted, denied);
+  CHECK_EQ(who[s->slot_count - 1], 77);
+  fshm_key_stats(s, s->slot_count - 1, UINT64_MAX, who, meta, admitted, denied);
+  CHECK_EQ(who[s->slot_count - 1], s->slots[s->slot_count - 1].who);
+  for (int both = 0; both < 2; both++) {
+    wanted[one->index] = 1;
+    wanted[other->index] = (uint8_t)both;
+    uint64_t n = fshm_known_keys(who, meta, s->slot_count, wanted, slots, limiters);
+    CHECK_EQ(n, both ? 300 : 200);
+    for (uint64_t i = 0; i < n; i++) {
+      CHECK(!i || slots[i] > slots[i - 1]);
+      CHECK_EQ(meta[slots[i]], key_stats_meta(limiters[i], s->slots[slots[i]].who));
+      CHECK(wanted[limiters[i]]);
+    }
+  }
+  meta[slots[0]] ^= 1; /* of another key */
+  CHECK_EQ(fshm_known_keys(who, meta, s->slot_count, wanted, slots, limiters), 299);
+  fshm_limiter_close(other);
+  fshm_limiter_close(one);
+  fshm_close(s);
+}
+
 int main(void) {
+  test_read_at_once();
   test_counts_are_exact();
   test_names();
   test_ring();
