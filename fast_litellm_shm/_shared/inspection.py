@@ -655,11 +655,13 @@ class Inspection:
             moved = (before["key"] != after["key"]) | (after["admitted"] < before["admitted"])
             moved |= after["denied"] < before["denied"]
             slots = _slot_of(before[moved])
-            slots = slots[(slots >= 0) & (slots < g.slots)]
+            slots = numpy.unique(slots[(slots >= 0) & (slots < g.slots)])
             if not slots.size:
                 break
             before = after
-            for slot in slots.tolist():
+            if slots.size > _PART:
+                lib.fshm_key_stats(self._handle, 0, g.slots, *by_slot)
+            for slot in slots.tolist() if slots.size <= _PART else ():
                 lib.fshm_key_stats(self._handle, slot, slot + 1, *by_slot)
         return found, after
 

@@ -238,20 +238,17 @@ class TokenLeases:
     # several levels, all or nothing: limiters/hierarchy.py
 
     def spend(self, raw: bytes, cost: Cost) -> tuple[Decision, Callable[[], object]]:
-        """acquire(), and what gives back what it consumed."""
-        have = self.look(raw)[1]
+        """acquire(), and what gives back what it consumed. Nothing in an outage: what the policy
+        admits was granted by nobody, so it may not come into a lease."""
+        outage, have = self.connection.outage, self.look(raw)[1]
         until = [self.states.now() + ns if ns else 0 for ns in have]
         before = self.states.now()
         decision = self.limiter.acquire(raw, cost)
-        if not decision:
+        if not decision or outage is not None or self.connection.outage is not None:
             return decision, lambda: None
         costs = self.costs(cost)
-        if all(until):
-            # The lease of a window ends with it. A batch that comes meanwhile may move that end by
-            # the time that the answer was on its way; then the tokens do not fit there.
-            rules = zip(until, self._rules, strict=False)
-            ends = (*(0 if rule.kind == 0 else end for end, rule in rules), *_NONE)[:4]
-        else:
+        ends: tuple[int, ...] = _NONE
+        if not all(until):
             ends, until = self._asked(raw, before, decision, until)
         return decision, partial(self._give_back, raw, costs, until, ends)
 
@@ -265,8 +262,6 @@ class TokenLeases:
             end or (now + ns if ns and rule.kind == 0 else 0)
             for end, ns, rule in zip(until, have, self._rules, strict=False)
         ]
-        if self.connection.outage is not None:
-            return _NONE, until
         # As in quota.py: what is known may be of the next window by now.
         last = before + int(decision.reset_after * 1e9) - 1000
         known = self.states.known(raw)[1]
