@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import pathlib
 import sys
 
@@ -64,8 +63,6 @@ def main() -> int:
         help="leave out which processor and kernel this is: for a report that is published",
     )
     options = parser.parse_args()
-    # An installed package has its bytecode. Where no file is written, each process compiles anew.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     rounds = options.iterations or (QUICK_ROUNDS if options.quick else ROUNDS)
     passes = 1 if options.quick else PASSES
     settings = Settings(-(-rounds // passes), options.quick, passes)
