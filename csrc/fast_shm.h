@@ -794,7 +794,7 @@ void fshm_key_stats(const fshm_segment *segment, uint64_t from, uint64_t until, 
  * many there are; all arrays have room for count. */
 #define FSHM_KEY_OWNERS 4096
 uint64_t fshm_known_keys(const uint64_t *who, const uint32_t *meta, uint64_t count,
-                         const uint8_t *of_limiter, int64_t *slots, uint16_t *limiters);
+                         const uint8_t *of_limiter, int64_t *places, uint16_t *limiters);
 int fshm_key_name(fshm_segment *segment, uint64_t slot, char *out, uint64_t size, uint64_t *length);
 int fshm_peek_slot(fshm_segment *segment, uint64_t slot, uint64_t now_ns, fshm_decision *out);
 /* fshm_peek_slot() for a key that is used with these numbers (fshm_limiter_number()): an array

@@ -140,11 +140,11 @@ void fshm_key_stats(const fshm_segment *s, uint64_t from, uint64_t until, uint64
 }
 
 uint64_t fshm_known_keys(const uint64_t *who, const uint32_t *meta, uint64_t count,
-                         const uint8_t *of_limiter, int64_t *slots, uint16_t *limiters) {
+                         const uint8_t *of_limiter, int64_t *places, uint16_t *limiters) {
   uint64_t known = 0;
   for (uint64_t i = 0; i < count; i++) {
     const uint32_t limiter = meta[i] >> 20;
-    slots[known] = (int64_t)i;
+    places[known] = (int64_t)i;
     limiters[known] = (uint16_t)limiter;
     known += who[i] && of_limiter[limiter] && meta[i] == key_stats_meta(limiter, who[i]);
   }
