@@ -216,6 +216,20 @@ static void stand_in_the_queue(scene_t *scene) {
   fshm_wait_leave(scene->places, &p);
 }
 
+/* Of one slot, as `fast-shm inspect` reads those of all. */
+static void look_at_counts(const fshm_segment *s, uint64_t slot) {
+  uint64_t *numbers = calloc(3 * s->slot_count, sizeof *numbers);
+  uint32_t *meta = calloc(s->slot_count, sizeof *meta);
+  uint64_t *who = numbers, *admitted = who + s->slot_count, *denied = admitted + s->slot_count;
+  static const uint8_t wanted[FSHM_KEY_OWNERS] = {1, 1};
+  int64_t place;
+  uint16_t limiter;
+  fshm_key_stats(s, slot, slot + 1, who, meta, admitted, denied);
+  if (fshm_known_keys(who + slot, meta + slot, 1, wanted, &place, &limiter)) CHECK_EQ(place, 0);
+  free(numbers);
+  free(meta);
+}
+
 static void inspect(scene_t *scene) {
   fshm_segment *s = random_below(2) ? scene->s : scene->tiny;
   uint64_t slot = random_below(s->slot_count), length, largest;
@@ -230,6 +244,7 @@ static void inspect(scene_t *scene) {
   CHECK_EQ(g.slots, s->slot_count);
   CHECK_OP(fshm_live_slots(s, live, 0), <=, s->slot_count);
   free(live);
+  look_at_counts(s, slot);
   CHECK_OP(fshm_key_name(s, slot, text, sizeof text, &length), >=, 0);
   const uint64_t numbers[FSHM_MAX_LIMITS] = {1, 1, 1, 1};
   CHECK_OP(fshm_peek_slot(s, slot, 0, &d), >=, 0);

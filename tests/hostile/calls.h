@@ -228,6 +228,25 @@ static void look_in(user_t *u, uint64_t at) {
   MUST(g.size == s->size && g.capacity && g.slots == s->slot_count);
 }
 
+/* The counts of all slots, as `fast-shm inspect` reads them. */
+static void look_at_counts(const fshm_segment *s) {
+  const uint64_t n = s->slot_count;
+  uint64_t *who = malloc(n * sizeof *who), *admitted = malloc(n * sizeof *admitted),
+           *denied = malloc(n * sizeof *denied);
+  uint32_t *meta = malloc(n * sizeof *meta);
+  int64_t *places = malloc(n * sizeof *places);
+  uint16_t *limiters = malloc(n * sizeof *limiters);
+  uint8_t wanted[FSHM_KEY_OWNERS];
+  MUST(who && admitted && denied && meta && places && limiters);
+  memset(wanted, 1, sizeof wanted);
+  fshm_key_stats(s, 0, UINT64_MAX, who, meta, admitted, denied);
+  const uint64_t known = fshm_known_keys(who, meta, n, wanted, places, limiters);
+  MUST(known <= n);
+  for (uint64_t i = 0; i < known; i++)
+    MUST((uint64_t)places[i] < n && limiters[i] < FSHM_KEY_OWNERS);
+  free(who), free(admitted), free(denied), free(meta), free(places), free(limiters);
+}
+
 static void look_at_all(user_t *u) {
   fshm_segment *s = u->s;
   uint64_t index;
@@ -235,6 +254,7 @@ static void look_at_all(user_t *u) {
   MUST(live);
   MUST(fshm_live_slots(s, live, 0) <= s->slot_count);
   free(live);
+  look_at_counts(s);
   struct {
     fshm_counters all[FSHM_COUNTERS];
     fshm_permit_info permits[2];
