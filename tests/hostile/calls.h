@@ -56,7 +56,7 @@ typedef struct {
 } user_t;
 
 static void check_status(user_t *u, int status) {
-  MUST(status <= FSHM_ALLOWED && status >= FSHM_E_RECORDS);
+  MUST(status <= FSHM_ALLOWED && status >= FSHM_E_LOCK_FILE);
   MUST(status != FSHM_E_SYSTEM && status != FSHM_E_READ_ONLY && status != FSHM_E_MEMORY);
   u->damaged += status == FSHM_E_DAMAGED;
 }
