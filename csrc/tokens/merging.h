@@ -113,8 +113,7 @@ static inline int undo_merge(const fshm_vocabulary *v, border_t *b) {
   const uint32_t merged = merged_pair(v, b->left, b->right);
   if (merged < b->left_until && merged <= b->right_until && merged != NO_TOKEN) return MERGED;
   if ((b->left | b->right) < 256) return APART; /* single bytes */
-  if (b->left >
-      b->right) { /* the later merge is undone first; of two equal ones, that on the right */
+  if (b->left > b->right) { /* the later one first; of two equal ones, that on the right */
     b->left_until = b->left;
     b->left = WORD(&v->halves[b->left].right);
   } else {

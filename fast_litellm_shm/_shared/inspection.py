@@ -660,9 +660,11 @@ class Inspection:
                 break
             before = after
             if slots.size > _PART:
-                lib.fshm_key_stats(self._handle, 0, g.slots, *by_slot)
-            for slot in slots.tolist() if slots.size <= _PART else ():
-                lib.fshm_key_stats(self._handle, slot, slot + 1, *by_slot)
+                slots, step = numpy.zeros(1, numpy.int64), g.slots  # all of them, in one call
+            else:
+                step = 1
+            for slot in slots.tolist():
+                lib.fshm_key_stats(self._handle, slot, slot + step, *by_slot)
         return found, after
 
 
