@@ -104,8 +104,10 @@ COLD int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const
     if (status != FSHM_ASK) break;
     first_limit_t first = {&k, how->initial};
     table_find(k.s, k.hash, k.who, &f);
-    if (f.pair.who) continue;
-    const int claim = keyed_put(&k, k.hash, &f, k.who, 0, first_limit, &first);
+    if (f.pair.who && f.pair.when) continue;
+    /* A slot of the limit without a word: another program wrote there. */
+    const uint64_t word = f.pair.who ? first_limit(&first) : 0;
+    const int claim = keyed_put(&k, k.hash, &f, k.who, word, first_limit, &first);
     if (claim == CLAIMED && !(k.s->names_mode & FSHM_NAMES_OFF))
       key_stats_remember(k.s, f.slot, key_stats_meta(k.index, k.who), key, length);
     if (claim == CLAIM_FULL) {
@@ -113,6 +115,7 @@ COLD int fshm_adaptive_admit(fshm_limiter *permits, fshm_limiter *learned, const
       break;
     }
   }
+  if (status == FSHM_ASK) status = FSHM_CONTENDED; /* each try met another call's word */
   if (pause) {
     status = FSHM_DENIED;
     out->retry_after_ns = (int64_t)pause;

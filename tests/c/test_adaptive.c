@@ -354,6 +354,28 @@ static void test_calls(void) {
   leave(&w);
 }
 
+/* Another program wrote 0 over the limit's word: it begins anew, and the call is answered. */
+static void test_no_word(void) {
+  world_t w = make_world();
+  fshm_permit held;
+  fshm_decision d;
+  uint32_t in_flight, erased = 0;
+  const uint64_t now = 100 * SECOND;
+  CHECK_EQ(admit(&w, &aimd, now, &held, &d, &in_flight), FSHM_ALLOWED);
+  CHECK_EQ(fshm_permit_release(w.permits, &held), 1);
+  for (uint64_t i = 0; i < w.s->slot_count; i++) {
+    const pair_t pair = pair_load(&w.s->slots[i]);
+    if (!pair.who || IS_PERMIT(pair.when)) continue;
+    w.s->slots[i].when = 0;
+    erased++;
+  }
+  CHECK_OP(erased, >=, 1);
+  CHECK_EQ(admit(&w, &aimd, now, &held, &d, &in_flight), FSHM_ALLOWED);
+  CHECK_EQ(known(&w, now).limit, 20);
+  CHECK_EQ(fshm_permit_release(w.permits, &held), 1);
+  leave(&w);
+}
+
 /* Learning through the segment goes as learning in memory. */
 static void test_same_course(void) {
   world_t w = make_world();
@@ -492,6 +514,7 @@ int main(void) {
   test_slower();
   test_not_used();
   test_calls();
+  test_no_word();
   test_same_course();
   test_processes();
   test_learn_together();

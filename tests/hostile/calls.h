@@ -55,11 +55,15 @@ typedef struct {
   uint64_t damaged; /* calls that said so */
 } user_t;
 
-static void check_status(user_t *u, int status) {
-  MUST(status <= FSHM_ALLOWED && status >= FSHM_E_LOCK_FILE);
-  MUST(status != FSHM_E_SYSTEM && status != FSHM_E_READ_ONLY && status != FSHM_E_MEMORY);
+static void check_status_at(user_t *u, int status, const char *file, int line) {
+  const bool known = status <= FSHM_ALLOWED && status >= FSHM_E_LOCK_FILE;
+  if (!known || status == FSHM_E_SYSTEM || status == FSHM_E_READ_ONLY || status == FSHM_E_MEMORY) {
+    fprintf(stderr, "%s:%d: no status that the call may have: %d\n", file, line, status);
+    abort();
+  }
   u->damaged += status == FSHM_E_DAMAGED;
 }
+#define check_status(u, status) check_status_at(u, status, __FILE__, __LINE__)
 
 static void check_decision(user_t *u, const fshm_decision *d) {
   check_status(u, d->status);
