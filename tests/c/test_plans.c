@@ -556,6 +556,7 @@ static void test_processes(void) {
       uint32_t admitted = 0;
       for (int k = 0; k < 5000; k++)
         admitted += call(mine, FSHM_ACQUIRE, "shared", 1, 0).status == FSHM_ALLOWED;
+      fshm_limiter_close(mine);
       _exit(write(ends[1], &admitted, sizeof admitted) != sizeof admitted);
     }
     uint32_t sum = 0;
