@@ -101,6 +101,9 @@ int look_at_process(const process_t *p, bool thorough) {
  * system at most twice a second. looked[index]: incarnation (32 bits) | ended (1) | time, in ms (31). */
 #define ENDED_BIT (UINT64_C(1) << 31)
 #define LOOKED_MS (ENDED_BIT - 1)
+#ifndef LOOK_AGAIN_MS
+#define LOOK_AGAIN_MS 500
+#endif
 
 bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
   const process_t *p = &s->processes[process];
@@ -108,7 +111,8 @@ bool has_ended(fshm_segment *s, uint32_t process, bool thorough) {
   /* Of this process alone, and no time of the segment: a test may have stopped that. */
   uint64_t known = load_relaxed(&s->looked[process]), now = fshm_clock() / 1000000 & LOOKED_MS;
   if (known >> 32 == (uint32_t)incarnation && (known & ENDED_BIT)) return true;
-  if (known >> 32 == (uint32_t)incarnation && ((now - known) & LOOKED_MS) < 500) return false;
+  if (known >> 32 == (uint32_t)incarnation && ((now - known) & LOOKED_MS) < LOOK_AGAIN_MS)
+    return false;
   bool ended = look_at_process(p, thorough) == ENDED;
   /* The incarnation changed: the pid may be another owner's, and nothing is known. */
   if (atomic_load_explicit(&p->incarnation, memory_order_acquire) != incarnation) return false;
