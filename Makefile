@@ -9,8 +9,8 @@ CLANG  ?= clang
 AARCH64_CC ?= aarch64-linux-gnu-gcc
 QEMU       ?= qemu-aarch64
 
-# PYTEST_ARGS: more for every run of the tests, as .ci/run has.
-PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS)
+# PYTEST_ARGS: more for every run of the tests, as .ci/run has. PART=2/3: the second third of the tests.
+PYTEST      = $(VENV)/bin/python -m pytest -q $(PYTEST_ARGS) $(if $(PART),--group $(subst /, --splits ,$(PART)))
 BY_PIP      = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet install
 INSTALL    ?= $(BY_PIP)
 C_SOURCES   = $(wildcard csrc/*.[ch] csrc/*/*.[ch]) csrc/cflags csrc/hardening
@@ -156,18 +156,14 @@ test-wheels: ## test: make wheels, and each of them on its platform: every CPyth
 wheels-tested: wheels-built
 	PYTHONS="$(PYTHONS)" $(PYTEST) tests/wheels
 
-# What .ci/run needs, one after the other: the extension is built in place. PYTHON_TOO: another one, which builds it again.
+# What .ci/run always needs, one after the other: the extension is built in place. PYTHON_TOO: another one, which builds
+# it again.
 DASHBOARD ?= $(VENV)-dashboard
 SPELLINGS_VENV ?= $(VENV)-spellings
 APPS_VENV ?= $(VENV)-apps
 TOGETHER   = test,lint,litellm-proxy$(if $(filter $(VENV),$(DASHBOARD)),$(comma)dashboard-tests)
 environments: $(VENV)/.$(TOGETHER)
-	@$(MAKE) --no-print-directory VENV=$(VENV)-limits $(VENV)-limits/.limits-tests
-	@$(MAKE) --no-print-directory VENV=$(VENV)-peers $(VENV)-peers/.peers-tests
-	@$(MAKE) --no-print-directory VENV=$(DASHBOARD) $(DASHBOARD)/.dashboard-tests
-	@$(MAKE) --no-print-directory VENV=$(SPELLINGS_VENV) $(SPELLINGS_VENV)/.spellings-tests
 	@$(MAKE) --no-print-directory VENV=$(APPS_VENV) $(APPS_VENV)/.apps-tests
-	@$(MAKE) --no-print-directory VENV=$(DOCS_VENV) $(DOCS_VENV)/.docs
 	$(if $(PYTHON_TOO),@$(MAKE) --no-print-directory PYTHON=$(PYTHON_TOO) VENV=.venv-3.13 INSTALL='$$(BY_PIP)' ANEW=1 .venv-3.13/.test)
 
 test-c: $(C_TESTS:%=run-c-%) ## test: the C tests: each tests/c/*.c is a program; make run-c-NAME runs one

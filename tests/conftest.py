@@ -7,6 +7,7 @@ import glob
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -96,6 +97,9 @@ def _forget() -> None:
     for messages in features._messages.values():
         messages.clear()
     settings._warned.clear()
+    link = sys.modules.get("fast_litellm_shm.cluster.link")
+    if link is not None:
+        link.close_all()
 
 
 @pytest.fixture(autouse=True)

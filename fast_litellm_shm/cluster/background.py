@@ -48,9 +48,9 @@ class Background:
         self._due.put((leases, raw, costs))
 
     def _refill(self) -> None:
-        while True:
+        while not self._connection.closed:
             try:
-                while self._connection.outage is not None:
+                while self._connection.outage is not None and not self._connection.closed:
                     time.sleep(PROBE)
                     self._try_again()
                 got = [self._due.get()]

@@ -32,7 +32,7 @@ class Heartbeat:
         threading.Thread(target=self._run, name="fast-shm-cluster-heartbeat", daemon=True).start()
 
     def _run(self) -> None:
-        while True:
+        while not self._connection.closed:
             time.sleep(_SECONDS)
             try:
                 if self._connection.outage is None:

@@ -54,9 +54,9 @@ return redis.call('ZCARD', KEYS[1])
 
 
 def lead(connection: Connection) -> None:
-    """For a thread that never ends: lead this host, or be ready to."""
+    """For a thread of its own: lead this host, or be ready to."""
     leader, logged = Leader(connection), ""
-    while True:
+    while not connection.closed:
         try:
             # to wait for it in the kernel would stop all greenlets of this thread
             if lib.fshm_lead(connection.segment._handle, not greenlets.must_yield()) != 1:
@@ -94,7 +94,7 @@ class Leader:
         try:
             inbox.subscribe(self._connection.channel)
             due = 0.0
-            while True:
+            while not self._connection.closed:
                 now = time.monotonic()
                 if now >= due:
                     seen[now] = int(heartbeat([hosts_key], [self._connection.host]))

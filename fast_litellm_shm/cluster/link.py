@@ -109,6 +109,7 @@ class Link:
         self._metric = functools.cache(functools.partial(performance.metric, segment))
         self._threads: dict[Any, Any] = {}
         self.in_use = False  # by calls of this process
+        self.closed = False  # close_all(): its threads end
 
     # what grantors differ in
 
@@ -336,6 +337,17 @@ def of(terms: Terms, segment: Segment, make: Callable[[], AnyLink]) -> AnyLink:
             _links[which] = make()
         found: AnyLink = _links[which]
         return found
+
+
+def close_all() -> None:
+    """Forget all links, and have their threads end. For tests: a thread goes on trying a server that
+    has gone for as long as its process lives."""
+    with _links_lock:
+        links = list(_links.values())
+        _links.clear()
+    for each in links:
+        each.closed = True
+        each.on_lost()  # wakes its threads
 
 
 def note(segment: Segment) -> None:

@@ -107,7 +107,7 @@ def test_hosts_whose_callers_wait_share_the_permits(
 ) -> None:
     """However many callers of each wait; not at once: first, one host has all."""
     hosts = [_limiters(each, server.url, most)[which] for each in (segment, other)]
-    served = asyncio.run(_backlog(hosts, [30, 6], 600 * most))
+    served = asyncio.run(_backlog(hosts, [30, 6], 300 * most))
     later = served[len(served) // 2 :]
     assert min(map(later.count, (0, 1))) > len(later) / 3, served
     assert [each.in_flight("k") for each in hosts] == [0, 0]

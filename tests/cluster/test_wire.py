@@ -9,7 +9,7 @@ import pytest
 from support import servers
 from support.leases import connection_of
 from support.relay import Relay
-from support.waiting import wait_until
+from support.waiting import PATIENCE, wait_until
 
 from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm.cluster import Cluster
@@ -42,7 +42,7 @@ def limiter_at(path: str, segment: Segment, timeout: float = servers.SLOWEST) ->
 def test_a_reply_in_pieces(server: servers.Server, segment: Segment) -> None:
     relay = InPieces(server.path)
     with relay:
-        limiter = limiter_at(relay.path, segment)
+        limiter = limiter_at(relay.path, segment, timeout=PATIENCE)
         for i in range(5):
             found = limiter.acquire(f"key {i}", 40)
             assert found and found.remaining == 60
@@ -53,7 +53,7 @@ def test_a_line_that_ends_within_a_reply(server: servers.Server, segment: Segmen
     """It is asked again. What was taken then counts: never more than the limit."""
     relay = InPieces(server.path)
     with relay:
-        limiter = limiter_at(relay.path, segment)
+        limiter = limiter_at(relay.path, segment, timeout=PATIENCE)
         for i, after in enumerate((1, 3, 5, 50), start=1):
             assert limiter.acquire("before", 1)
             relay.ends_after = after
