@@ -340,8 +340,8 @@ def of(terms: Terms, segment: Segment, make: Callable[[], AnyLink]) -> AnyLink:
 
 
 def close_all() -> None:
-    """Forget all links, and have their threads end. For tests: a thread goes on trying a server that
-    has gone for as long as its process lives."""
+    """Forget all links, and have their threads end. For tests: a process that outlives its servers
+    would try them again and again."""
     with _links_lock:
         links = list(_links.values())
         _links.clear()
