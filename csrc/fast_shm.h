@@ -571,7 +571,7 @@ typedef struct {
  * lease has these tokens, or the server has refused some of late. FSHM_FULL and other errors: no permit is to be had. */
 int fshm_question_begin(const fshm_asked *asked, const void *key, uint64_t key_length,
                         const uint64_t *costs, int ahead, fshm_question *question);
-/* Take over the answer: six numbers, and six a limit. out NULL: to a question ahead. Else the decision; a refusal is
+/* Take over the answer: six numbers, and seven a limit. out NULL: to a question ahead. Else the decision; a refusal is
  * neither counted nor remembered. The permit stays held. FSHM_OK, or an error: a batch is lost. */
 int fshm_question_end(const fshm_asked *asked, const void *key, uint64_t key_length,
                       const uint64_t *costs, const fshm_question *question, const double *answer,

@@ -4,7 +4,10 @@
  */
 #include "../core/internal.h"
 
-#define NUMBERS 6 /* of a limit, in a question and in an answer: algorithms.lua */
+/* Of a limit, in a question and in an answer; and before those in an answer: algorithms.lua. */
+#define NUMBERS 6
+#define ANSWERED 7
+#define HEAD 6
 #define LARGEST_WHOLE ((UINT64_C(1) << 53) - 1)
 
 int fshm_question_begin(const fshm_asked *a, const void *key, uint64_t length,
@@ -45,9 +48,9 @@ int fshm_question_end(const fshm_asked *a, const void *key, uint64_t length, con
                       const fshm_question *q, const double *answer, fshm_decision *out) {
   uint64_t used[FSHM_MAX_LIMITS] = {0}, left[FSHM_MAX_LIMITS] = {0}, ns[FSHM_MAX_LIMITS];
   fshm_token_lease batch[FSHM_MAX_LIMITS] = {{0, 0, 0}};
-  const double *of = answer + NUMBERS;
+  const double *of = answer + HEAD;
   uint32_t i, low;
-  for (i = 0; i < a->count; i++, of += NUMBERS) {
+  for (i = 0; i < a->count; i++, of += ANSWERED) {
     used[i] = whole(of[0]);
     left[i] = a->buckets >> i & 1 ? whole(of[1]) : whole(of[1]) * 1000; /* a bucket's are ns */
     batch[i].tokens = whole(answer[1]) * costs[i];

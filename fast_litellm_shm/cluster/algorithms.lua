@@ -10,7 +10,7 @@
 --   end, one after the other, the first no earlier than an hour ago. The server's clock says which one is the present.
 --   of each question a byte, the operation; the key's name, after its length in four bytes; and for each limit six:
 --   cost, kept, given, and what the host knows: used, previous (of a sliding window, which has only the present one
---   in `used`), left (us or ns ahead)
+--   in `used`), left (us or ns ahead; of a refund, the window that it is for, as an answer named it)
 -- Operations, by number from 1 on:
 --   take    give back `given`, then charge the cost if it fits every limit, and a batch of as much more for
 --           the host's token lease, which is empty until then
@@ -19,13 +19,13 @@
 --   look    nothing is charged
 --   give    give back `given` leased tokens; nothing is charged
 --   charge  charge the cost, room or not; fill: the same, but never beyond the limit
---   refund  give the cost back; of a window that has `left` us left for the host: of no later one
+--   refund  give the cost back: of a window that `left` names, and of no other
 --   block   give back `given`, and deny for so many ns as the cost says, or longer: buckets
 --   reset   forget what was consumed
 -- Answer: of each question, one after the other, packed likewise: admitted (1, 0), how many times the cost the batch holds, us until the cost fits (0; -1 never),
 --   us of back-off (also where it was admitted), the limit that refused, whether the value was not ours (1, 0); then
---   six numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
---   and of a sliding window its two counts: this window's, the previous one's.
+--   seven numbers for each limit: tokens used, left (as above), us that the lease lasts, whether `kept` was dated anew,
+--   of a sliding window its two counts: this window's, the previous one's; and the window's name, which no other has.
 --
 -- State: t (us, when it was written), l (limits), h (hosts), x (it was reset). All times in it are spans from
 -- t on, so a jump of the server's clock back changes nothing.
@@ -99,12 +99,12 @@ local function granted(once, numbers)
         203, num, 203, 1, '\161a', 203, ahead, '\161w\000\161c\000\161p\000\161s\000\161o', i + 1)
       places, paces = places .. struct.pack('>Bd', 203, -1 - ahead), paces .. struct.pack('>BBd', i + 1, 203, num)
       buckets, life = buckets + 1, max(life, lease, ceil(ahead / 1000))
-      answer = answer .. struct.pack('<dddddd', tokens, ahead, lease, 0, 0, 0)
+      answer = answer .. struct.pack('<ddddddd', tokens, ahead, lease, 0, 0, 0, 0)
     else
       states = states .. struct.pack('>c3Bc3BdBdc2Bdc2Bdc11B', '\136\161k', kind, '\161r\146', 203, n, 203, per,
         '\161w', 203, per, '\161c', 203, tokens, '\161a\000\161p\000\161s\001\161o', i + 1)
       places, life = places .. '\001', max(life, kind * per)
-      answer = answer .. struct.pack('<dddddd', tokens, per, per, 0, kind == 2 and tokens or 0, 0)
+      answer = answer .. struct.pack('<ddddddd', tokens, per, per, 0, kind == 2 and tokens or 0, 0, now + per)
     end
   end
   local fields, more = 133, ''
@@ -139,7 +139,7 @@ if number > #KEYS then return table.concat(answers) end
 -- all keys ------------------------------------------------------------------------------------------
 
 local OPERATIONS = {'take', 'single', 'ahead', 'look', 'give', 'charge', 'fill', 'refund', 'block', 'reset'}
-local PACKED = '<' .. string.rep('d', 6 + 6 * count)
+local PACKED = '<' .. string.rep('d', 6 + 7 * count)
 local rules = {} -- and, of the present question, what it says of each
 for i = 1, count do
   local kind, n, per, burst, num, den, lease = struct.unpack('<ddddddd', limits, 56 * i - 55)
@@ -445,6 +445,15 @@ end
 local function adopt(i, u)
   states[i], labels[i], state.l[place[i]] = u, rules[i], u
 end
+
+-- The name of the window that is present, as long as it lasts; 0: of a bucket, or nothing is used. It is the end without
+-- debt, by this clock: `w` falls as `now` grows. Where the clock goes back, the window has another name as of then. Of
+-- the calendar a window that begins anew has the same end: so the name has the serial number too (ends are whole
+-- minutes).
+local function window(r, u)
+  if r.kind == 0 or used(r, u) == 0 then return 0 end
+  return r.kind == 3 and u.e + u.s % 1000000 or now + u.w
+end
 local function find_labels()
   for i, r in ipairs(rules) do
     local m, label = state.l[place[i]], known[place[i]]
@@ -491,13 +500,15 @@ end
 -- A host that is not in this state, and knows more than is in it: the state was lost (a restart without persistence,
 -- a failover). It is restored from what the hosts knew last. That includes what all processes of a host admitted
 -- during an outage: while each process reports its own part, by `fill`, it would count twice. So `fill` does not add
--- the host. (It may also be a host that was forgotten: then all that it knows is in the state, or was given back.)
+-- the host. (It may also be a host that was forgotten: then all that it knows is in the state, or was given back.) Nor
+-- does `refund`, which says nothing of what the host knows: the `look` before it did.
 local function find_me()
   me = state.h[host]
   if me then return end
   me = {t = now, g = now, b = 0}
-  if op ~= 'fill' then state.h[host] = me end
-  if state.x or op == 'fill' then return end
+  if op == 'fill' or op == 'refund' then return end
+  state.h[host] = me
+  if state.x then return end
   for i, r in ipairs(rules) do
     local m, label = states[i], labels[i]
     if label.kind ~= r.kind then
@@ -717,13 +728,18 @@ local function run()
     me.o = nil
   elseif op == 'refund' then
     for i, r in ipairs(rules) do
+      local present = window(r, seen(i)) -- as it was told
       adopt_fitting(i)
       local label, m = labels[i], states[i]
       if label.kind == 0 then
         m.a = max(0, m.a - increment(label, r.cost))
-      elseif label.kind == 1 or label.kind == 3 then
-        -- charged in a window that is over by now: the next one ends at least `per` later
-        if r.left == 0 or m.w - r.left <= label.per / 2 then m.c = m.c - min(m.c, r.cost) end
+      elseif r.kind ~= 0 and (r.left == 0 or r.left ~= present) then
+        -- another window. A sliding one may be the one before, which still counts.
+        if label.kind == 2 and r.kind == 2 and r.left > 0 and r.left + label.per == present then
+          m.p = m.p - min(m.p, r.cost)
+        end
+      elseif label.kind ~= 2 then
+        m.c = m.c - min(m.c, r.cost)
         if over(label, m) == 0 then m.w, m.c = 0, 0 end -- without the debt it would be over by now
       else
         local rest = r.cost - min(m.c, r.cost)
@@ -780,6 +796,7 @@ local function answered()
     answer[#answer + 1] = redated[i] and 1 or 0
     answer[#answer + 1] = r.kind == 2 and u.c or 0
     answer[#answer + 1] = r.kind == 2 and u.p or 0
+    answer[#answer + 1] = max(0, window(r, u))
   end
   for i, x in ipairs(answer) do answer[i] = min(BIG, x) end -- in this order NaN is BIG
   return struct.pack(PACKED, unpack(answer))

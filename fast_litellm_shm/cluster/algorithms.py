@@ -25,7 +25,7 @@ OPERATIONS = {
 }
 _LIMIT = struct.Struct("<7d")
 _NUMBERS = struct.Struct("<6d")
-_ANSWERS = [struct.Struct(f"<{6 + 6 * count}d") for count in range(lib.FSHM_MAX_LIMITS + 1)]
+_ANSWERS = [struct.Struct(f"<{6 + 7 * count}d") for count in range(lib.FSHM_MAX_LIMITS + 1)]
 _HEAD = struct.Struct("<BI")
 _PART = 100
 CALENDAR = 3  # the kind of a Rule
@@ -123,7 +123,7 @@ class Request(NamedTuple):
     given: Sequence[int]
     used: Sequence[int]
     previous: Sequence[int]  # of a sliding window; `used` has the present one alone
-    left: Sequence[int]  # us; of a bucket ns
+    left: Sequence[int]  # us; of a bucket ns; of a refund: which window, as Known.window says
     at: bytes | None = None  # the server's key, where `key` is not known
 
     @property
@@ -167,9 +167,10 @@ class Request(NamedTuple):
         admitted, batch, wait, back_off, refused, junk, *rest = map(int, numbers)
         known = []
         for i, each in enumerate(self.rules):
-            used, left, lease, redated, current, previous = rest[6 * i : 6 * i + 6]
+            used, left, lease, redated, current, previous, window = rest[7 * i : 7 * i + 7]
             left_ns = left if each.kind == 0 else left * 1000
-            known.append(Known(used, left_ns, lease * 1000, bool(redated), current, previous))
+            counts = current, previous
+            known.append(Known(used, left_ns, lease * 1000, bool(redated), *counts, window))
         retry = -1 if wait < 0 else wait * 1000
         return Answer(
             bool(admitted), batch, retry, back_off * 1000, refused, tuple(known), bool(junk)
@@ -188,6 +189,7 @@ class Known(NamedTuple):
     redated: bool
     current: int = 0  # of a sliding window: what was consumed in it, and in the one before
     previous: int = 0
+    window: int = 0  # its name, for a refund; 0: a bucket, or nothing is used
 
 
 class Answer(NamedTuple):

@@ -57,6 +57,7 @@ class Questions:
         self._segment = connection.segment._handle
         self._metric = connection.metric("take")
         self._size = 48 * len(rules)  # bytes of a question's numbers
+        self._answer_size = 48 + 56 * len(rules)
         prefix, self._seal = connection.cluster.prefix, connection.seal
         self._start = names.start(prefix, names.RATES, limiter)
         self._hash = names.hash_of(prefix, limiter)
@@ -109,7 +110,7 @@ class Questions:
             packed = self._packed([key], self._said(_TAKE, raw, question))
             began = time.monotonic_ns()
             reply = self._connection.run_one(
-                "take", wire.Call(algorithms.SOURCE, packed), began, 48 + self._size
+                "take", wire.Call(algorithms.SOURCE, packed), began, self._answer_size
             )
             out = ffi.new("fshm_decision *")
             lib.fshm_question_end(
@@ -138,7 +139,7 @@ class Questions:
         while part := self._begin(due):
             try:
                 began = time.monotonic_ns()
-                size = 48 + self._size
+                size = self._answer_size
                 replies = self._connection.run("ahead", self._calls(part), began, size * len(part))
                 answers = ffi.from_buffer("double[]", replies)
                 at = asked = granted = 0

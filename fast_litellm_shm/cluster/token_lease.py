@@ -26,7 +26,7 @@ Cost: TypeAlias = int | tuple[int, ...] | list[int]
 
 _NONE = (0, 0, 0, 0)
 _ONES = (1, 1, 1, 1)
-_ADJUSTING = ("charge", "fill", "refund")
+_ADJUSTING = ("charge", "fill")
 _MOST = 200  # keys in one pipeline
 _LARGEST = 2**52  # a cost that no limit of a server admits
 
@@ -191,7 +191,11 @@ class TokenLeases:
 
     def _adjust(self, operation: str, raw: bytes, costs: tuple[int, ...]) -> Decided:
         """Charge or refund after the fact."""
-        answer = self._call(operation, raw, costs)
+        if operation == "refund":
+            of = settlement.Refund(self, raw, costs, None)
+            (answer,) = settlement.give_back(self.connection, [of])
+        else:
+            answer = self._call(operation, raw, costs)
         found = self.states.apply(lib.FSHM_PEEK, raw, _ONES)
         index, left = self._left(answer, self.look(raw)[0])
         return (int(left > 0), index, left, found.retry_after_ns, _reset_ns(answer))
@@ -265,10 +269,12 @@ class TokenLeases:
         # As in quota.py: what is known may be of the next window by now.
         last = before + int(decision.reset_after * 1e9) - 1000
         known = self.states.known(raw)[1]
-        ends = tuple(
-            0 if rule.kind == 0 else min(now + ns, last)
-            for ns, rule in zip(known, self._rules, strict=False)
-        )
+        ends = [min(now + ns, last) for ns in known[: len(self._rules)]]
+        for i, rule in enumerate(self._rules):
+            if rule.kind == 0:
+                ends[i] = 0
+            elif rule.kind == KIND:  # what is known has no window of the server's
+                ends[i] = before + rule.per_us * 1000
         return (*ends, *_NONE)[:4], until
 
     def _give_back(
@@ -346,15 +352,14 @@ class TokenLeases:
         raw: bytes,
         costs: Sequence[int],
         given: Sequence[int] = _NONE,
-        ends: Sequence[int] | None = None,
     ) -> tuple[algorithms.Request, int]:
-        """And the segment's time before it is sent: the answer is about a later instant. ends: of
-        the windows that it is about (ns), where these may not be the known ones."""
+        """And the segment's time before it is sent: the answer is about a later instant. (Refunds:
+        refund_request().)"""
         rules = self.rules()
         used, left = self.states.known(raw)
         kept = self.look(raw)[0] if operation == "ahead" else _NONE
         if self.connection.alone and operation in _ADJUSTING:
-            # What is leased is not used: else it would count against a debt, or for a refund.
+            # What is leased is not used: else it would count against a debt.
             given = self.look(raw, take=True)[0]
         # The limits may have become more since these were counted: a new one is asked for nothing.
         costs, given = ((*each, *_NONE)[: len(rules)] for each in (costs, given))
@@ -362,10 +367,6 @@ class TokenLeases:
             ns if rule.kind == 0 else ns // 1000 for rule, ns in zip(rules, left, strict=False)
         )
         sent = self.states.now()
-        if ends is not None:
-            ends = (*ends, *_NONE)[: len(rules)]
-            known = tuple(max((end - sent) // 1000, 0) for end in ends)
-            costs = tuple(cost if left else 0 for cost, left in zip(costs, known, strict=True))
         before: tuple[int, ...] = _NONE
         if self._sliding is not None:
             used, before, known = self._sliding.recall(raw, rules, used, known)
@@ -379,6 +380,17 @@ class TokenLeases:
             operation, self.name, raw, rules, costs, kept, given, used, before, known
         )
         return request, sent
+
+    def refund_request(
+        self, look: algorithms.Request, found: algorithms.Answer, costs: tuple[int, ...]
+    ) -> tuple[algorithms.Request, int]:
+        """Of the windows that this look has found."""
+        given = look.given
+        if self.connection.alone:  # what is leased is not used: else it would be given back
+            given = (*self.look(look.key, take=True)[0], *_NONE)[: len(look.rules)]
+        left = tuple(each.window for each in found.limits)
+        request = look._replace(operation="refund", costs=costs, given=given, left=left)
+        return request, self.states.now()
 
     def _call(
         self, operation: str, raw: bytes, costs: Sequence[int], given: Sequence[int] = _NONE
@@ -397,8 +409,6 @@ class TokenLeases:
         self.states.learn(raw, used, left, sent)
         if self._sliding is not None:
             self._sliding.keep(raw, request.rules, found, sent)
-        if request.operation == "refund":
-            self.unrefuse(raw)
         if request.operation not in ("take", "ahead"):
             return
         leases = ffi.new("fshm_token_lease[4]")

@@ -120,9 +120,15 @@ class _State:
     def give_back(self, limit: LimitNumbers, tokens: int, at: tuple[int, int]) -> None:
         """What was granted and is not spent, as far as it has not drained."""
         if tokens and self.granted:
-            charged = ffi.new("fshm_stored *")
-            charged[0] = {"limit": self.rule[:5], "end": self.granted}
-            self.apply(lib.FSHM_REFUND, limit, tokens, at, charged)
+            self.take_back(limit, tokens, at, self.granted)
+
+    def take_back(
+        self, limit: LimitNumbers, tokens: int, at: tuple[int, int], charged_end: int
+    ) -> None:
+        """Of a charge whose state had this ``end``."""
+        charged = ffi.new("fshm_stored *")
+        charged[0] = {"limit": self.rule[:5], "end": charged_end}
+        self.apply(lib.FSHM_REFUND, limit, tokens, at, charged)
 
     def copy(self) -> tuple[Any, LimitNumbers, int]:
         kept = ffi.new("fshm_stored *", self.stored[0])
@@ -316,9 +322,21 @@ class _Key:
             bucket = rule.kind == 0
             used = self._capacity(i) - found.remaining if bucket else found.used
             lease = rule.lease_us * 1000 if bucket else found.window_ns
-            sliding = (stored.used, stored.previous) if rule.kind == lib.FSHM_SLIDING else (0, 0)
-            out.append(Known(used, found.left_ns, lease, i in self.redated, *sliding))
+            sliding = rule.kind == lib.FSHM_SLIDING
+            current, previous = (stored.used, stored.previous) if sliding else (0, 0)
+            redated, window = i in self.redated, self.window(i, found.used)
+            out.append(Known(used, found.left_ns, lease, redated, current, previous, window))
         return tuple(out)
+
+    def window(self, i: int, used: int) -> int:
+        """The name of the present window, as long as it lasts: its end. 0: of a bucket, or nothing
+        is used. Of the calendar a window that begins anew after a reset has the same end."""
+        stored, limit = self.states[i].stored, self.states[i].stored.limit
+        if self.rules[i][3] == lib.FSHM_BUCKET or not used:
+            return 0
+        # A sliding state may have been written in the window before.
+        before = limit.kind == lib.FSHM_SLIDING and stored.end <= self.now
+        return int(stored.end + limit.per_ns * before)
 
     # the row
 
@@ -466,18 +484,20 @@ def _charge(key: _Key) -> Answer:
 
 
 def _refund(key: _Key) -> Answer:
-    """What was charged in a window that is over by now is not given back: the next one ends at
-    least ``per`` later, or half of it: where a zone moves its clock by half an hour."""
+    """Of the window that the request names, and of no other: so it may be as late as it likes. Of a
+    sliding limit that may be the window before the present one, which still counts."""
     request = key.request
     key.give_back(request.given)
     for i, (rule, cost) in enumerate(zip(request.rules, request.costs, strict=False)):
-        left = request.left[i]
-        if rule.kind in (lib.FSHM_WINDOW, CALENDAR) and left:
-            present = key.look(i).window_ns // 1000
-            if present - left > rule.per_us // 4:
-                continue
-        if cost:
+        if not cost:
+            continue
+        limit, asked = key.states[i].stored.limit, request.left[i]
+        present = key.window(i, key.look(i).used)
+        is_bucket = rule.kind == 0 or limit.kind == lib.FSHM_BUCKET
+        if is_bucket or (asked and asked == present):
             key.apply(i, lib.FSHM_REFUND, cost)
+        elif limit.kind == lib.FSHM_SLIDING and asked and asked + limit.per_ns == present:
+            key.states[i].take_back(key.rules[i], cost, key._when, asked)
     return _done(key)
 
 

@@ -389,7 +389,7 @@ static void test_question(void) {
   CHECK_EQ(fshm_question_begin(&asked, KEY, costs, 0, &other), FSHM_DENIED);
 
   /* admitted, and 3 times the cost beyond: 28 of 1000 are used */
-  const double answer[12] = {1, 3, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0};
+  const double answer[13] = {1, 3, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0, 5};
   CHECK_EQ(fshm_question_end(&asked, KEY, costs, &question, answer, &decision), FSHM_OK);
   CHECK_EQ(decision.status, FSHM_ALLOWED);
   CHECK_EQ(decision.remaining, 1000 - 28 + 21);
@@ -407,7 +407,7 @@ static void test_question(void) {
   CHECK(other.numbers[3] == 28 && other.numbers[4] == 0);
   CHECK(other.numbers[5] > 50000000 && other.numbers[5] <= 60100000); /* us */
   CHECK_EQ(left(&w, 0, NULL), 21);
-  const double none[12] = {1, 0, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0};
+  const double none[13] = {1, 0, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0, 5};
   CHECK_EQ(fshm_question_end(&asked, KEY, more, &other, none, NULL), FSHM_OK);
   CHECK_EQ(left(&w, 0, NULL), 21);
   fshm_question_drop(asking, &other);
@@ -416,13 +416,13 @@ static void test_question(void) {
 
   /* denied: by the first limit, for 2 ms */
   CHECK_EQ(fshm_question_begin(&asked, KEY, more, 0, &question), FSHM_ALLOWED);
-  const double denied[12] = {0, 0, 2000, 60000, 0, 0, 990, (double)minute_us, 0, 0, 0, 0};
+  const double denied[13] = {0, 0, 2000, 60000, 0, 0, 990, (double)minute_us, 0, 0, 0, 0, 5};
   CHECK_EQ(fshm_question_end(&asked, KEY, more, &question, denied, &decision), FSHM_OK);
   CHECK_EQ(decision.status, FSHM_DENIED);
   CHECK_EQ(decision.remaining, 10);
   CHECK_EQ(decision.retry_after_ns, 2 * (int64_t)MS);
   /* what no server of ours says changes nothing that must not be */
-  const double junk[12] = {-1, -5, -1, 1e300, -7, 0, 1e300, -1e300, 1e300, 3, 0, 0};
+  const double junk[13] = {-1, -5, -1, 1e300, -7, 0, 1e300, -1e300, 1e300, 3, 0, 0, -1};
   CHECK_EQ(fshm_question_end(&asked, KEY, more, &question, junk, &decision), FSHM_OK);
   fshm_question_drop(asking, &question);
   CHECK_EQ(left(&w, 0, NULL), 0);

@@ -52,7 +52,7 @@ static void grants_end(grants_t *g) {
 static void ask_server(grants_t *g, const char *key) {
   const uint64_t length = strlen(key), costs[FSHM_MAX_LIMITS] = {2, 2};
   const fshm_asked asked = {g->rates, g->token_leases, g->refused, g->asking, 2, 1, {100, 100}};
-  const double answer[18] = {1, 3, 0, 0, 0, 0, 8, 1e6, 1000, 0, 0, 0, 8, 1000, 1000, 0, 0, 0};
+  const double answer[20] = {1, 3, 0, 0, 0, 0, 8, 1e6, 1000, 0, 0, 0, 0, 8, 1000, 1000, 0, 0, 0, 5};
   const bool ahead = random_below(2);
   fshm_question question = {.sent_ns = 0};
   fshm_decision d;

@@ -161,7 +161,7 @@ def test_acquire_many_asks_for_many_keys_at_once(
     run = Connection.run
 
     def counted(link: Connection, operation: str, calls: Any, began: int, size: int) -> bytes:
-        sizes.append(size // 96)  # bytes of an answer
+        sizes.append(size // 104)  # bytes of an answer
         return run(link, operation, calls, began, size)
 
     monkeypatch.setattr(Connection, "run", counted)

@@ -76,6 +76,9 @@ class Meter:
         **given: Any,
     ) -> algorithms.Answer:
         minute = given.pop("minute", at_us // 60_000_000)  # by the clock of the host
+        if operation == "refund" and "left" not in given:  # of the windows that are there
+            looked = self(at_us, host, "look", key, limits, minute=minute)
+            given["left"] = tuple(each.window for each in looked.limits)
         rules = [algorithms.dated(algorithms.rule(each), each, minute) for each in limits]
         numbers = {"costs": 0, "kept": 0, "given": 0, "used": 0, "previous": 0, "left": 0} | given
         columns = [
@@ -233,17 +236,24 @@ class World:
         self.calls.setdefault(host.name, []).extend([(self.at, end)] * count)
 
     def undo(self, host: Host, late: int = 0) -> None:
-        """Half of its calls of this window are not made after all; the server hears of it late,
-        but not by half a window."""
+        """Half of its calls of this window are not made after all; the server hears of it late."""
         calls = [call for call in self.calls.get(host.name, []) if self.at < call[1]]
         undone = calls[: (len(calls) + 1) // 2]
-        lefts = Counter(call[1] - self.at for call in undone)
         for call in undone:
             self.calls[host.name].remove(call)
             self.admitted.remove(call[0])
+        counts = Counter(end for _, end in undone)
+        charged = {end: self.charged(host, end) for end in counts}
         self.at += late
-        for left, count in lefts.items():
-            self._call(host, "refund", costs=count, left=left)
+        for end, count in counts.items():
+            self._call(host, "refund", costs=count, left=charged[end])
+
+    def charged(self, host: Host, end: int) -> int:
+        """What the server calls the window that ends then, or a bit later; as settlement.py finds
+        it. 0: it is over, as far as the host knows."""
+        (known,) = self._call(host, "look").limits
+        latest, per = self.at + known.lease_ns // US, algorithms.rule(self.limit).per_us
+        return known.window if self.at < end and latest - end < per // 2 else 0
 
     def wait(self, host: Host) -> None:
         """Until the last instant at which it can spend."""
@@ -289,7 +299,7 @@ class World:
         until, left = sent + known.lease_ns // US, host.has(self.at)
         if left > (kept if known.redated else 0):
             until = min(until, host.until)
-        if self.at < until and operation not in ("give", "refund"):
+        if self.at < until and operation not in ("give", "refund", "look"):
             host.left, host.until = left + found.batch, until
         return found
 
@@ -337,7 +347,7 @@ def test_hosts_keep_the_bound(meter: Meter, kind: str, data: st.DataObject) -> N
         if what == "late":
             world.give(host, pause)
         elif what == "undo":
-            world.undo(host, min(pause, per // 3))
+            world.undo(host, pause)
         else:
             getattr(world, what)(host)
     check_bound(world, kind, burst)
@@ -400,10 +410,10 @@ def test_the_worst_hosts(meter: Meter, kind: str, late: int) -> None:
         world.exhaust(a)
         calls, end = len(world.calls[a.name]), world.calls[a.name][0][1]
         world.at = max(world.at, end - min(pause, per // 3))
-        left = max(end - world.at, 1)
+        charged = world.charged(a, end)
         world.at = end  # on its way until the next window, which another has used up
         world.exhaust(b)
-        world._call(a, "refund", costs=calls, left=left)
+        world._call(a, "refund", costs=calls, left=charged)
         world.exhaust(b)
 
     def undone_and_given_back(world: World, a: Host, b: Host) -> None:

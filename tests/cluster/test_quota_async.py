@@ -282,8 +282,10 @@ def test_nothing_is_given_back_to_the_window_after(
     wallet.settle(
         Settlement(wallet, b"key", (0,), (50,), (end,)), False
     )  # over, as this host knows
-    request, _ = wallet.request("refund", b"key", (50,))
-    late = request._replace(left=(1,))  # sent when there was 1 us left
+    look, _ = wallet.request("look", b"key", (0,))
+    (found,) = wallet.connection.call([look])
+    late, _ = wallet.refund_request(look, found, (50,))
+    used_up()
     wallet.connection.call([late])
     assert not limiter.acquire("key", 1)
 

@@ -37,7 +37,7 @@ def _work(name: str, folder: str, noted: int, seed: int, n: int) -> None:
         else:
             time.sleep(0.002)
         if chance.random() < 0.02:
-            limiter.refund("k", 0)
+            limiter.charge("k", 0)  # what is leased goes back to the file
 
 
 def _spend_money(name: str, folder: str, noted: int, seed: int, n: int) -> None:

@@ -97,7 +97,7 @@ static void ask_server(user_t *u, fshm_limiter *l, const char *key, const uint64
                             1 + what % FSHM_MAX_LIMITS,
                             what >> 5,
                             {n, n >> 3, n >> 9, what}};
-  double answer[6 + 6 * FSHM_MAX_LIMITS];
+  double answer[6 + 7 * FSHM_MAX_LIMITS];
   fshm_question question;
   fshm_decision d;
   memset(&question, 0, sizeof question);
@@ -106,7 +106,7 @@ static void ask_server(user_t *u, fshm_limiter *l, const char *key, const uint64
   for (int i = 0; i < 6 * FSHM_MAX_LIMITS; i++) MUST(question.numbers[i] >= 0);
   for (unsigned i = 0; i < sizeof answer / sizeof *answer; i++)
     answer[i] = (what >> i % 8 & 1 ? -1.0 : 1.0) * (double)(n << i % 40) * (what & 32 ? 1e250 : 1);
-  if (what & 64) answer[n % 30] = NAN;
+  if (what & 64) answer[n % 34] = NAN;
   check_status(u, fshm_question_end(&asked, key, 1, costs, &question, answer, &d));
   MUST(d.status == FSHM_ALLOWED || d.status == FSHM_DENIED);
   fshm_question_drop(asked.asking, &question);
