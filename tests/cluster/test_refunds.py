@@ -133,7 +133,9 @@ def test_a_server_is_frozen(
     """Until the window is over, and another host has asked for all of the next one before."""
     limit = FixedWindow(100, 1.5)
     here, there = (limiter_of(server, each, limit) for each in (segment, other))
-    assert here.peek("key") and there.peek("key", 50)  # both are connected
+    for each in (here, there):
+        monkeypatch.setattr(tokens_of(each).connection, "questions", None)  # all by _send()
+        assert each.peek("key")  # and they are connected
     leases, send = tokens_of(here), Connection._send
     admitted: list[bool] = []
     sends = threading.Event()
@@ -155,7 +157,6 @@ def test_a_server_is_frozen(
         server.thaw()
 
     thaws = threading.Thread(target=thaw)
-    monkeypatch.setattr(Connection, "questions", None)
     wait_until("a window begins", lambda: here.acquire("key", 100))
     end = known_end(leases)
     monkeypatch.setattr(Connection, "_send", frozen_send)
@@ -165,8 +166,8 @@ def test_a_server_is_frozen(
         here.refund("key", 60)
     asks.join(PATIENCE)
     thaws.join(PATIENCE)
-    if admitted == [True]:
-        assert used(leases) in (0, 100)  # 0: that window is over too, on a slow machine
+    if admitted == [True]:  # else the first window was not over yet: a slow machine
+        assert used(leases) in (0, 100)  # 0: that window is over too
 
 
 def test_a_settlement_is_given_back(server: servers.Server, segment: Segment) -> None:
