@@ -389,7 +389,8 @@ static void test_question(void) {
   CHECK_EQ(fshm_question_begin(&asked, KEY, costs, 0, &other), FSHM_DENIED);
 
   /* admitted, and 3 times the cost beyond: 28 of 1000 are used */
-  const double answer[13] = {1, 3, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us, 0, 0, 0, 5};
+  const double answer[13] = {1, 3, 0, 0, 0, 0, 28, (double)minute_us, (double)minute_us,
+                             0, 0, 0, 5};
   CHECK_EQ(fshm_question_end(&asked, KEY, costs, &question, answer, &decision), FSHM_OK);
   CHECK_EQ(decision.status, FSHM_ALLOWED);
   CHECK_EQ(decision.remaining, 1000 - 28 + 21);
