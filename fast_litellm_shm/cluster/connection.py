@@ -148,7 +148,11 @@ class Connection(Link):
         return parts
 
     def _call_of(self, part: Sequence[Question]) -> wire.Call:
-        return wire.call(part[0].source, *self._arguments(part))
+        found = wire.call(part[0].source, *self._arguments(part))
+        again = [_again(each) for each in part]
+        if again == part:
+            return found
+        return found._replace(again=wire.call(part[0].source, *self._arguments(again)))
 
     def _arguments(self, part: Sequence[Question]) -> tuple[list[bytes], list[bytes]]:
         """Of one call for all of these: keys, and the rest."""
@@ -170,8 +174,9 @@ class Connection(Link):
         node = client.get_node_from_key(each.state_key(self.cluster.prefix))
         try:
             return self._run(client.get_redis_connection(node), each)
-        except self._elsewhere:
-            return self._run(client, each)
+        except self._elsewhere as error:
+            unheard = isinstance(error, self._elsewhere[0])
+            return self._run(client, each if unheard else _again(each))
 
     def _run(self, client: Any, each: Question) -> Any:
         keys, arguments = self._arguments([each])
@@ -301,6 +306,15 @@ def _alike(one: Question, other: Question) -> bool:
         and one.limiter == other.limiter
         and (one.rules is other.rules or one.rules == other.rules)
     )
+
+
+def _again(each: Question) -> Question:
+    """What is asked where the reply is lost. A refund that was heard would give back twice: it may
+    only look then."""
+    if not isinstance(each, algorithms.Request) or each.operation != "refund":
+        return each
+    none = (0,) * len(each.rules)
+    return each._replace(operation="look", costs=none, used=none, previous=none, left=none)
 
 
 def _answers(part: Sequence[Question], reply: Any) -> list[Any]:

@@ -26,10 +26,12 @@ def evalsha(source: str) -> bytes:
 
 
 class Call(NamedTuple):
-    """Of a script: packed as the command that the server reads."""
+    """Of a script: packed as the command that the server reads. again: what is sent in its place
+    where it may have been heard, and its reply is lost."""
 
     source: str
     packed: bytes
+    again: Call | None = None
 
 
 def call(source: str, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Call:
@@ -109,6 +111,7 @@ class Wire:
                 return self._exchange(connection, sent, calls)
             except self._lost:
                 # A connection that the server has closed is noticed at its next use: once more.
+                sent[:] = [each.again or each for each in sent]
                 return self._exchange(connection, sent, calls)
         finally:
             if self._keeps:

@@ -14,7 +14,7 @@ from support.leases import tokens_of
 from support.waiting import PATIENCE, wait_until
 
 from fast_litellm_shm import FixedWindow, RateLimiter, Segment, SlidingWindow
-from fast_litellm_shm.cluster import Cluster
+from fast_litellm_shm.cluster import Cluster, wire
 from fast_litellm_shm.cluster.connection import Connection
 from fast_litellm_shm.cluster.settlement import Settlement
 from fast_litellm_shm.cluster.token_lease import TokenLeases
@@ -231,3 +231,27 @@ def test_a_reply_is_lost(
     assert sent.count("refund") == (lost == "refund")
     wait_until("the server answers", lambda: leases.connection.outage is None)
     assert used(leases) == (40 if lost == "refund" else 100)
+
+
+def test_a_connection_that_ends_after_a_refund_was_heard(
+    server: servers.Server, segment: Segment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link calls once more: it does not give back twice."""
+    import redis
+
+    here = limiter_of(server, segment, FixedWindow(100, HOUR))
+    leases, exchange = tokens_of(here), wire.Wire._exchange
+    assert here.acquire("key", 100)
+    calls: list[int] = []
+
+    def ending(self: wire.Wire, *given: Any) -> Any:
+        found = exchange(self, *given)
+        calls.append(1)
+        if len(calls) == 2:  # the first one was the look
+            raise redis.ConnectionError("ended")
+        return found
+
+    monkeypatch.setattr(wire.Wire, "_exchange", ending)
+    settled(leases, 30, known_end(leases))
+    assert len(calls) == 3 and leases.connection.outage is None
+    assert used(leases) == 70
