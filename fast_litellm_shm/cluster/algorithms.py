@@ -24,7 +24,8 @@ OPERATIONS = {
     )
 }
 _LIMIT = struct.Struct("<7d")
-_NUMBERS = struct.Struct("<6d")
+NUMBERS, GIVEN = 6, 2  # of a limit in a question, and which of them is `given`
+_NUMBERS = struct.Struct(f"<{NUMBERS}d")
 _ANSWERS = [struct.Struct(f"<{6 + 7 * count}d") for count in range(lib.FSHM_MAX_LIMITS + 1)]
 _HEAD = struct.Struct("<BI")
 _PART = 100
@@ -129,6 +130,16 @@ class Request(NamedTuple):
     @property
     def source(self) -> str:
         return SOURCE
+
+    def again(self) -> Request:
+        """What is asked in its place where the server may have heard it, and the reply is lost.
+        Nothing is given back twice: what was not heard the first time stays used."""
+        none = (0,) * len(self.rules)
+        if self.operation in ("refund", "give"):
+            return self._replace(
+                operation="look", costs=none, given=none, used=none, previous=none, left=none
+            )
+        return self._replace(given=none) if any(self.given) else self
 
     @property
     def asked(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm import exceptions
 from fast_litellm_shm.cluster import names
 
 SOURCE = names.source("budgets.lua")
@@ -53,6 +54,17 @@ class Request(NamedTuple):
     @property
     def source(self) -> str:
         return SOURCE
+
+    def again(self) -> Request:
+        """As of rates: nothing is given back twice. Raises ClusterError: nor is a limit raised."""
+        if self.operation == "add":
+            budget, key = (each.decode("utf-8", "replace") for each in (self.limiter, self.key))
+            raise exceptions.ClusterError(
+                f"budget {budget!r}: the connection ended before the server answered, so it is not "
+                f"known whether the limit of {key!r} was changed by ${self.amount / _NANO:g}: see "
+                "usage(), and change it again if it was not"
+            )
+        return self._replace(operation="look", amount=0) if self.operation == "give" else self
 
     @property
     def asked(self) -> int:

@@ -148,11 +148,11 @@ class Connection(Link):
         return parts
 
     def _call_of(self, part: Sequence[Question]) -> wire.Call:
-        found = wire.call(part[0].source, *self._arguments(part))
-        again = [_again(each) for each in part]
-        if again == part:
-            return found
-        return found._replace(again=wire.call(part[0].source, *self._arguments(again)))
+        call = wire.call(part[0].source, *self._arguments(part))
+        return call._replace(again=functools.partial(self._again, part))
+
+    def _again(self, part: Sequence[Question]) -> wire.Call:
+        return self._call_of([each.again() for each in part])
 
     def _arguments(self, part: Sequence[Question]) -> tuple[list[bytes], list[bytes]]:
         """Of one call for all of these: keys, and the rest."""
@@ -176,7 +176,7 @@ class Connection(Link):
             return self._run(client.get_redis_connection(node), each)
         except self._elsewhere as error:
             unheard = isinstance(error, self._elsewhere[0])
-            return self._run(client, each if unheard else _again(each))
+            return self._run(client, each if unheard else each.again())
 
     def _run(self, client: Any, each: Question) -> Any:
         keys, arguments = self._arguments([each])
@@ -306,15 +306,6 @@ def _alike(one: Question, other: Question) -> bool:
         and one.limiter == other.limiter
         and (one.rules is other.rules or one.rules == other.rules)
     )
-
-
-def _again(each: Question) -> Question:
-    """What is asked where the reply is lost. A refund that was heard would give back twice: it may
-    only look then."""
-    if not isinstance(each, algorithms.Request) or each.operation != "refund":
-        return each
-    none = (0,) * len(each.rules)
-    return each._replace(operation="look", costs=none, used=none, previous=none, left=none)
 
 
 def _answers(part: Sequence[Question], reply: Any) -> list[Any]:

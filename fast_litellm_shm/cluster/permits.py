@@ -49,6 +49,10 @@ class Request(NamedTuple):
     def operation(self) -> str:
         return "permits"
 
+    def again(self) -> Request:
+        """It says what the host holds, so it may be heard twice."""
+        return self
+
     @property
     def asked(self) -> int:
         return self.want

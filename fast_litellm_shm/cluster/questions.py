@@ -97,6 +97,13 @@ class Questions:
         head = _HEAD.pack(operation, len(name))
         return b"%b%b%b" % (head, name, ffi.buffer(question.numbers, self._size))
 
+    def _again(self, key: bytes, raw: bytes, question: Any) -> wire.Call:
+        """take(), where the server may have heard it: nothing is given back twice."""
+        for i in range(self._asked.count):
+            question.numbers[algorithms.NUMBERS * i + algorithms.GIVEN] = 0
+        packed = self._packed([key], self._said(_TAKE, raw, question))
+        return wire.Call(algorithms.SOURCE, packed)
+
     def take(self, raw: bytes, costs: tuple[int, ...]) -> Decided | None:
         """Ask for these tokens, and a batch. None: another process asks. Raises
         UnreachableError."""
@@ -109,9 +116,9 @@ class Questions:
             key = self._key(raw)
             packed = self._packed([key], self._said(_TAKE, raw, question))
             began = time.monotonic_ns()
-            reply = self._connection.run_one(
-                "take", wire.Call(algorithms.SOURCE, packed), began, self._answer_size
-            )
+            again = functools.partial(self._again, key, raw, question)
+            call = wire.Call(algorithms.SOURCE, packed, again)
+            reply = self._connection.run_one("take", call, began, self._answer_size)
             out = ffi.new("fshm_decision *")
             lib.fshm_question_end(
                 self._asked, raw, len(raw), numbers, question,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fast_litellm_shm.cluster.settings import library
@@ -26,12 +26,16 @@ def evalsha(source: str) -> bytes:
 
 
 class Call(NamedTuple):
-    """Of a script: packed as the command that the server reads. again: what is sent in its place
-    where it may have been heard, and its reply is lost."""
+    """Of a script: packed as the command that the server reads. again: makes what is sent in its
+    place where it may have been heard, and its reply is lost, or raises; None: the same once
+    more."""
 
     source: str
     packed: bytes
-    again: Call | None = None
+    again: Callable[[], Call] | None = None
+
+    def repeated(self) -> Call:
+        return self if self.again is None else self.again()
 
 
 def call(source: str, keys: Sequence[bytes], arguments: Sequence[bytes]) -> Call:
@@ -84,7 +88,7 @@ class Wire:
             raise
         except self._lost:  # as in _replies()
             connection.disconnect()
-            return self._once_more(connection, call)
+            return self._once_more(connection, call.repeated())
         except BaseException:
             connection.disconnect()
             raise
@@ -111,7 +115,7 @@ class Wire:
                 return self._exchange(connection, sent, calls)
             except self._lost:
                 # A connection that the server has closed is noticed at its next use: once more.
-                sent[:] = [each.again or each for each in sent]
+                sent[:] = [each.repeated() for each in sent]
                 return self._exchange(connection, sent, calls)
         finally:
             if self._keeps:
