@@ -377,6 +377,7 @@ def test_messages_of_hostile_hosts(make: Make, segment: Segment, server: servers
     budget = make(segment)
     with budget.reserve("k", 3) as reservation, server.client() as client:
         window = str(budget._look(b"k").window)
+        wait_until("it listens", lambda: client.pubsub_numsub("fast-shm:recall")[0][1])
         for message in (
             ["b"], ["b", "team"], ["b", "team", "k"], ["b", "team", "k", "x"],
             ["b", "no", "k", "5"], ["b", "team", "k", "-1"],
