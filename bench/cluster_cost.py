@@ -5,8 +5,8 @@ unix socket; beside it, on the same Redis, a hit through limits, and the pre-cal
 own limiter (parallel_request_limiter_v3) for a key with a limit of requests: both ask at each
 check. All in one process, interleaved, after a second in which batches grow to what is used. Then
 how many checks of a hot key there were for each call of Redis. Then the first check of a key, which
-has to ask Redis, over TCP: one by one, beside hits through limits for new keys; and 200 keys in one
-call of acquire_many().
+has to ask Redis, over TCP: one by one, beside hits through limits for new keys, and beside the same
+call of a script that does nothing; and 200 keys in one call of acquire_many().
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from functools import partial
 from typing import Any
 
 from bench import peers
-from bench.result import OURS, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
+from bench.result import OURS, REFERENCE, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
 from bench.timing import Loop, interleaved, loop_of
 from fast_litellm_shm import Limit, RateLimiter
+from fast_litellm_shm.cluster import Cluster, wire
 
 KEYS = [f"10.0.0.{i}" for i in range(10)]
 HERE, GRANTED, REDIS = "this host alone", "granted by Redis", "limits, a call of Redis each"
 LITELLM = "LiteLLM's limiter, a call of Redis each"
+NO_SCRIPT = "a new key, a script that does nothing"
 FIRST, FIRST_REDIS = "a new key, granted by Redis on TCP", "a new key, limits on Redis on TCP"
 MANY = "acquire_many of 200 new keys, a key"
 MANY_KEYS, MANY_NS = 200, 15_000.0
@@ -98,11 +100,16 @@ def _new_keys(result: Result, place: peers.Place, settings: Settings) -> None:
         for _ in range(calls):
             new.acquire_many([f"10.1.0.{next(numbers)}" for _ in range(MANY_KEYS)])
 
+    wired = Cluster(url).client()
+    nothing = wire.call("return 1", [b"key"], [b"x" * 100])
+    empty = wire.Wire(wired, keeps=True)
     loops: dict[str, Loop] = {FIRST: each(new.acquire), MANY: many}
+    loops[NO_SCRIPT] = each(lambda _: empty.one(nothing))
     with contextlib.suppress(peers.MissingError):  # which is told above
         loops[FIRST_REDIS] = each(_limits(url))
     for name, found in interleaved(loops, settings).items():
-        who, keys = "limits" if name == FIRST_REDIS else OURS, MANY_KEYS if name == MANY else 1
+        who = {FIRST_REDIS: "limits", NO_SCRIPT: REFERENCE}.get(name, OURS)
+        keys = MANY_KEYS if name == MANY else 1
         each_key = Values(value / keys for value in found.values)
         result.rows.append(Row(name, "ns", each_key, who, "new key"))
 
