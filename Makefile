@@ -27,7 +27,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py python-too test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested test-free-threaded free-threaded
+.PHONY: docs docs-site test-docs site-pages apps test-apps help demo demo-litellm check check-c check-py test lint-c environments test-cluster test-limits limits-upstream test-peers peers-upstream test-dashboard dashboard-page test-spellings spellings soak test-litellm test-freethreaded test-py test-py-forks test-py-loaded python-too test-c test-aarch64 lint format lib build bench bench-proxy instructions scaling clean test-wheels wheels wheels-built wheels-tested test-free-threaded free-threaded
 
 # The text after ## is `GROUP: what it does`.
 help: ## start: list the targets
@@ -66,8 +66,12 @@ test: test-c test-py ## test: all tests of C and Python that need no server of t
 # the others fork a lot.
 LOADED = $(addprefix tests/,drop_in integrations/litellm tokens)
 APART  = $(addprefix tests/,apps browser cluster faults freethreaded hostile litellm_proxy peers spellings wheels) # have targets of their own
-test-py: $(VENV)/.test
+test-py: test-py-forks test-py-loaded
+
+test-py-forks: $(VENV)/.test
 	$(PYTEST) -n auto $(patsubst %,--ignore=%,$(APART) $(LOADED))
+
+test-py-loaded: $(VENV)/.test
 	$(PYTEST) -n auto $(LOADED)
 
 # What .ci/run runs again on another Python.
