@@ -655,7 +655,10 @@ class Inspection:
             moved = (before["key"] != after["key"]) | (after["admitted"] < before["admitted"])
             moved |= after["denied"] < before["denied"]
             slots = _slot_of(before[moved])
-            slots = numpy.unique(slots[(slots >= 0) & (slots < g.slots)])
+            # Each once. Not numpy.unique(): before Python 3.14, a daemon thread that is in it when
+            # the interpreter ends aborts the process.
+            slots = numpy.sort(slots[(slots >= 0) & (slots < g.slots)])
+            slots = slots[numpy.diff(slots, prepend=-1) != 0]
             if not slots.size:
                 break
             before = after
