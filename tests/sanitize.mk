@@ -102,7 +102,7 @@ sanitize-py: $(VENV)/.test
 	cd $(PY_TREE) && CC=gcc FAST_SHM_CFLAGS="$(DEBUG) $(ASAN_GCC)" FAST_SHM_LDFLAGS="$(ASAN_GCC)" \
 	  $(abspath $(VENV))/bin/python setup.py -q build_ext --inplace
 	cd $(PY_TREE) && $(SANITIZER_OPTIONS):detect_leaks=0 $(PY_RUN) \
-	  $(abspath $(VENV))/bin/python -m pytest -q -p no:cacheprovider $(PY_TESTS)
+	  $(abspath $(VENV))/bin/python -m pytest -q -p no:cacheprovider $(PYTEST_ARGS) $(PY_TESTS)
 	cd $(PY_TREE) && UBSAN_OPTIONS=exitcode=99 LSAN_OPTIONS=suppressions=tests/support/lsan.supp:print_suppressions=0 \
 	  ASAN_OPTIONS=exitcode=99:fast_unwind_on_malloc=0:malloc_context_size=20 \
 	  RUN="env $(PY_RUN) $(abspath $(VENV))/bin/python" \

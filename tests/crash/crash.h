@@ -12,7 +12,6 @@
 #define WALL_BEGAN (500000 * PER) /* the time of day at segment time 0, in some operations */
 #define KEY "k"
 #define LEVELS 3
-#define LONG 2000 /* instructions: only longer operations are thinned out by --every */
 
 /* What an operation answered. T's lies in shared memory. */
 typedef struct {
@@ -193,7 +192,7 @@ typedef struct {
 typedef struct {
   const char *only;
   int64_t at; /* -1 = all */
-  uint64_t every; /* of operations of more than LONG instructions */
+  uint64_t every, above; /* --every: of operations of more than so many instructions */
   uint64_t share, shares; /* of the accesses at which the first of a pair is preempted */
   int jobs;
 } options_t;

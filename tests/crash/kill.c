@@ -193,7 +193,7 @@ static void try_operation(const operation_t *o) {
   for (int i = 0; i < WARM_UP && !given_up(); i++) stop_and_kill(path.count);
   if (!learn()) return;
   totals->boundaries = totals->strayed = 0;
-  const size_t every = path.count > LONG ? options.every : 1;
+  const size_t every = path.count > options.above ? options.every : 1;
   for (size_t k = 0; k <= path.count && !given_up(); k++) {
     if (options.at >= 0 && k != (size_t)options.at) continue;
     bool changes = k == path.count || path.point[k]; /* never thinned out: each state is seen */

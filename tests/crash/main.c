@@ -1,12 +1,12 @@
 /* main.c - stop, overtake and kill a process at every instruction of every operation; run every schedule
  * of two processes with two preemptions. See operations.c for what is tried.
  *
- *   harness [--only NAME] [--at K] [--every N] [--share K/N] [--jobs N] [--list]
+ *   harness [--only NAME] [--at K] [--every N] [--above N] [--share K/N] [--jobs N] [--list]
  *
  * --only: operations and schedules whose name begins so. --at: only the boundary before instruction K.
- * --every: of operations of more than 2,000 instructions, T is stopped and killed at every Nth boundary only,
- * and at those before an access of the segment or a system call. --share: of a pair, the first is preempted at its
- * accesses K, K+N, K+2N... only; all shares together are all schedules. */
+ * --every: of operations of more than 2,000 instructions (or as many as --above says), T is stopped and killed at every
+ * Nth boundary only, and at those before an access of the segment or a system call. --share: of a pair, the first is
+ * preempted at its accesses K, K+N, K+2N... only; all shares together are all schedules. */
 #define PROCESSES 320 /* a segment is copied for each boundary */
 #define HOME_PROCESSES 256
 #define WAITERS 32 /* the same; and a look at all of them is an access for each */
@@ -148,8 +148,8 @@ static void run_jobs(size_t count) {
 }
 
 int main(int argc, char **argv) {
-  options =
-      (options_t){.at = -1, .every = 1, .shares = 1, .jobs = (int)sysconf(_SC_NPROCESSORS_ONLN)};
+  options = (options_t){
+      .at = -1, .every = 1, .above = 2000, .shares = 1, .jobs = (int)sysconf(_SC_NPROCESSORS_ONLN)};
   bool list = false;
   for (int i = 1; i < argc; i++) {
     const char *value = i + 1 < argc ? argv[i + 1] : "";
@@ -161,6 +161,8 @@ int main(int argc, char **argv) {
       options.at = atoll(value), i++;
     } else if (!strcmp(argv[i], "--every")) {
       options.every = max_u64(1, strtoull(value, NULL, 10)), i++;
+    } else if (!strcmp(argv[i], "--above")) {
+      options.above = strtoull(value, NULL, 10), i++;
     } else if (!strcmp(argv[i], "--share")) {
       const char *slash = strchr(value, '/');
       options.shares = slash ? max_u64(1, strtoull(slash + 1, NULL, 10)) : 1;
