@@ -185,7 +185,7 @@ static COLD void learned_tell(known_words_t *w, fshm_learned *out) {
   const uint64_t *words = w->words.words;
   found_t f;
   out->paused_ns = pause_left(&w->k, word_look(&w->k, PAUSE, &f));
-  if (!w->at[LEARNED_LIMIT].pair.who) return;
+  if (!words[LEARNED_LIMIT]) return;
   out->limit = learned_limit(words[LEARNED_LIMIT]);
   out->exact = learned_clean(words[LEARNED_LIMIT]);
   const learned_turn_t t = turn_read(words[LEARNED_TURN], out->limit);

@@ -348,7 +348,8 @@ class Budget(BudgetCore, InSegment):
 
     def add(self, key: Key, usd: USD) -> None:
         """Raise the budget of a key for the present window; a negative amount takes back what was
-        added, at most all of it."""
+        added, at most all of it. Raises ClusterError over hosts: the server does not answer, or
+        nobody knows whether it has heard of it."""
         amount = nanos(usd, "add: usd")
         if abs(amount) > _MOST:
             raise ValueError(f"add: usd must be at most 10**9 dollars, not {usd!r}")

@@ -370,6 +370,7 @@ static void test_no_word(void) {
     erased++;
   }
   CHECK_OP(erased, >=, 1);
+  CHECK_EQ(known(&w, now).limit, 0); /* nothing is learned */
   CHECK_EQ(admit(&w, &aimd, now, &held, &d, &in_flight), FSHM_ALLOWED);
   CHECK_EQ(known(&w, now).limit, 20);
   CHECK_EQ(fshm_permit_release(w.permits, &held), 1);

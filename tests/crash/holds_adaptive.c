@@ -50,6 +50,18 @@ static void start_adaptive(void) {
   for (uint32_t i = 0; i < op->cost; i++) (void)report_call(0, 0);
 }
 
+/* A limit that was learned, and whose word another program erased. */
+static void start_adaptive_erased(void) {
+  fshm_permit permit;
+  start_adaptive();
+  if (take_adaptive(&permit) != FSHM_ALLOWED || !fshm_permit_release(world.l, &permit))
+    broken("no permit to begin with");
+  const keyed_t k = side_of(world.permit_leases, KEY);
+  found_t f;
+  if (!word_look(&k, LEARNED_LIMIT, &f)) broken("there is no limit to begin with");
+  store_relaxed(&world.s->slots[f.slot].when, 0);
+}
+
 static void run_adaptive_take(outcome_t *out) { out->status = take_adaptive(&out->permit); }
 static void run_adaptive_refused(outcome_t *out) { out->status = report_call(1, 0); }
 static void run_adaptive_served(outcome_t *out) { out->status = report_call(0, 0); }
