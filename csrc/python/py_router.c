@@ -225,12 +225,21 @@ static int plan_may_fit(const plan_of_list *p, PyObject *model, Py_ssize_t lengt
   return p->model == model || !PyUnicode_Compare(p->model, model);
 }
 
+/* The deployment at this place of the list, a new reference; NULL, perhaps with an exception: it is not the plan's. */
+static PyObject *item_of_plan(const plan_of_list *p, uint32_t strategy, PyObject *list,
+                              Py_ssize_t at, int blocked) {
+  PyObject *item = list_get(list, at);
+  if (item && (item == p->items[at] || has_read(p, strategy, &p->read[at], item, blocked)))
+    return item;
+  Py_XDECREF(item);
+  return NULL;
+}
+
 static int plan_fits(const plan_of_list *p, uint32_t strategy, PyObject *list, int blocked) {
   for (Py_ssize_t i = 0; i < p->length; i++) {
-    PyObject *item = list_get(list, i);
-    int same = item && (item == p->items[i] || has_read(p, strategy, &p->read[i], item, blocked));
+    PyObject *item = item_of_plan(p, strategy, list, i, blocked);
     Py_XDECREF(item);
-    if (!same) break;
+    if (!item) break;
     if (i + 1 == p->length && !PyErr_Occurred()) return 1;
   }
   PyErr_Clear(); /* of a list that has got shorter, or a key that cannot be compared */
@@ -336,45 +345,60 @@ static int get_blocked(PyObject *given, PyObject **out) {
   return count > FEW && !*out ? -1 : 0;
 }
 
-static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObject *blocked) {
-  uint64_t now = fshm_clock();
+/* A kept plan of this list, with the caller as a user. */
+static plan_of_list *kept_plan(RouterCore *self, PyObject *list, PyObject *model, int blocked,
+                               uint64_t now) {
   Py_ssize_t length = PyList_Size(list);
-  plan_of_list *p = NULL;
-  for (int i = 0; i < PLANS && !p; i++) {
+  for (int i = 0; i < PLANS; i++) {
+    plan_of_list *p;
     ALONE_BEGIN(self);
     p = plan_may_fit(self->plans[i], model, length, now) ? self->plans[i] : NULL;
     if (p) p->users++;
     ALONE_END();
-    if (!p || plan_fits(p, self->strategy, list, blocked != NULL)) continue;
+    if (p && plan_fits(p, self->strategy, list, blocked)) return p;
     plan_done(self, p);
-    p = NULL;
   }
-  PyObject *given = Py_NewRef(list), *picked = NULL;
-  if (!p) {
-    PyObject *copy = PyList_GetSlice(list, 0, PY_SSIZE_T_MAX); /* no other thread can change it */
-    p = copy ? make_plan(self, copy, model, now) : NULL;
-    PyObject *plain = NULL;
-    if (!p && copy && !PyErr_Occurred())
-      plain = PyObject_CallMethod((PyObject *)self, "_plain", "OOO", copy, model,
-                                  blocked ? blocked : Py_None);
-    Py_DECREF(given);
-    given = copy;
-    if (!p) {
-      Py_XDECREF(given);
-      return plain;
-    }
-  }
+  return NULL;
+}
+
+static Py_ssize_t pick_alone(RouterCore *self, plan_of_list *p, PyObject *blocked, uint64_t now) {
   Py_ssize_t at;
   ALONE_BEGIN(self);
   at = pick(self, p, blocked, now);
   ALONE_END();
-  plan_done(self, p);
-  if (at >= 0)
-    picked = list_get(given, at);
-  else if (at == -1)
-    picked = Py_NewRef(Py_None);
-  Py_DECREF(given);
+  return at;
+}
+
+/* By a plan that is made now, of a copy of the list: no other thread can change that. */
+static PyObject *route_anew(RouterCore *self, PyObject *list, PyObject *model, PyObject *blocked,
+                            uint64_t now) {
+  PyObject *copy = PyList_GetSlice(list, 0, PY_SSIZE_T_MAX), *picked = NULL;
+  plan_of_list *p = copy ? make_plan(self, copy, model, now) : NULL;
+  if (p) {
+    Py_ssize_t at = pick_alone(self, p, blocked, now);
+    if (at >= -1) picked = at < 0 ? Py_NewRef(Py_None) : list_get(copy, at);
+    plan_done(self, p);
+  } else if (copy && !PyErr_Occurred()) {
+    picked = PyObject_CallMethod((PyObject *)self, "_plain", "OOO", copy, model,
+                                 blocked ? blocked : Py_None);
+  }
+  Py_XDECREF(copy);
   return picked;
+}
+
+static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObject *blocked) {
+  uint64_t now = fshm_clock();
+  plan_of_list *p = kept_plan(self, list, model, blocked != NULL, now);
+  if (!p) return route_anew(self, list, model, blocked, now);
+  Py_ssize_t at = pick_alone(self, p, blocked, now);
+  PyObject *picked = NULL;
+  if (at == -1) picked = Py_NewRef(Py_None);
+  /* The caller's own list may have changed since it was compared: another thread, or what compares keys. */
+  if (at >= 0) picked = item_of_plan(p, self->strategy, list, at, blocked != NULL);
+  plan_done(self, p);
+  if (picked || at < 0) return picked;
+  PyErr_Clear();
+  return route_anew(self, list, model, blocked, now);
 }
 
 static const char *const pick_names[] = {"model_list", "model", "blocked_models"};

@@ -129,6 +129,27 @@ def test_what_is_blocked_goes_by_the_new_list(segment: Segment) -> None:
         assert router.get_available_deployment(listed, "m", ["bad"]) is listed[best]
 
 
+@pytest.mark.parametrize("becomes", [[], [1], [1, 0], [2, 2]])
+def test_a_list_that_changes_while_it_is_compared(segment: Segment, becomes: list[int]) -> None:
+    """By another thread; or by what a dict's lookup runs, as here. What is left of it counts."""
+
+    class Key(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            mine[:] = [three[place] for place in becomes]
+            return str.__eq__(self, other)
+
+    router = AdvancedRouter(segment=segment)
+    router.get_available_deployment(deployments(2), "m")
+    for place in range(2):  # where the change comes
+        three: list[dict[str, Any]] = deployments(3)
+        mine = three[:2]
+        mine[place] = {Key(name): value for name, value in mine[place].items()}
+        picked = router.get_available_deployment(mine, "m")
+        assert picked in mine if becomes else picked is None
+
+
 def test_another_id_or_another_kind_of_value_is_another_deployment(segment: Segment) -> None:
     router = AdvancedRouter(segment=segment)
     listed = deployments(2, weight=1)
