@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import resource
+import sysconfig
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -32,6 +34,23 @@ Slot = _native.Slot
 Use = _native.Use
 has_ours = _native._has_ours  # among the fields of a response: csrc/python/py_fields.c
 on_look = _native._on_look  # a hook that calls run every few seconds: csrc/python/py_watch.h
+
+
+def _lay_out() -> None:
+    """Have cffi make all functions, and lay out all structs, which it does at their first use.
+
+    Without the GIL two threads may meet there, and the process dies (seen with cffi 2.1.1): its
+    critical section ends early where it waits for another lock, such as that of interned names.
+    Only one thread imports a module."""
+    for name in ffi.list_types()[0]:
+        with contextlib.suppress(ffi.error):  # of one that only C code looks into
+            ffi.sizeof(name)
+    for name in dir(lib):
+        getattr(lib, name)
+
+
+if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    _lay_out()
 
 
 def owned(pointer: Any, close: Callable[[Any], object], *needs: object) -> Any:
