@@ -12,9 +12,6 @@
 #ifdef Py_GIL_DISABLED
 #define ALONE_BEGIN(o) Py_BEGIN_CRITICAL_SECTION(o)
 #define ALONE_END() Py_END_CRITICAL_SECTION()
-/* With both objects: the second is the caller's, and other threads may change it. */
-#define BOTH_BEGIN(a, b) Py_BEGIN_CRITICAL_SECTION2(a, b)
-#define BOTH_END() Py_END_CRITICAL_SECTION2()
 #else
 #define ALONE_BEGIN(o) \
   {                    \
@@ -22,8 +19,6 @@
 #define ALONE_END() \
   }                 \
   (void)0
-#define BOTH_BEGIN(a, b) ALONE_BEGIN(a)
-#define BOTH_END() ALONE_END()
 #endif
 
 #define RELAXED_GET(word) __atomic_load_n(&(word), __ATOMIC_RELAXED)
