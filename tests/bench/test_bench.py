@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import pytest
+from support.built_once import built_once
 
 from bench import questions, report, seed, tokens_worker
 from bench.passes import merged
@@ -35,11 +36,20 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def report_of(factory: pytest.TempPathFactory, name: str) -> Any:
+    """Of one question; asked once for all processes that run the tests."""
+
+    def ask(folder: pathlib.Path) -> None:
+        done = bench("--quick", "--iterations", "5", "--only", name, "--json")
+        assert done.returncode == 0, done.stderr
+        (folder / "report.json").write_text(done.stdout)
+
+    return json.loads((built_once(factory, name, ask) / "report.json").read_text())
+
+
 @pytest.fixture(scope="module")
-def found() -> Any:
-    done = bench("--quick", "--iterations", "5", "--only", "check_cost", "--json")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return report_of(tmp_path_factory, "check_cost")
 
 
 def test_its_json_says_where_and_how(found: Any) -> None:
@@ -345,10 +355,8 @@ def test_the_rows_of_the_guides_claims_are_those_that_are_measured() -> None:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Any:
-    done = bench("--quick", "--iterations", "5", "--only", "tokens_worker", "--json")
-    assert done.returncode == 0, done.stderr
-    (question,) = json.loads(done.stdout)["questions"].values()
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    (question,) = report_of(tmp_path_factory, "tokens_worker")["questions"].values()
     if "tiktoken" in question["missing"]:
         pytest.skip(question["missing"]["tiktoken"])
     return question

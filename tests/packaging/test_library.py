@@ -12,18 +12,12 @@ from fast_litellm_shm import RateLimiter, Segment, Window
 from fast_litellm_shm._shared.native import lib as native
 
 HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
 LIMIT = 20_000
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Built by the Makefile, in a folder of its own, so that tests in parallel do not meet."""
-    folder = tmp_path_factory.mktemp("lib")
-    subprocess.run(
-        ["make", "--silent", "lib", f"BUILD={folder}"], cwd=ROOT, check=True, timeout=120
-    )
-    return folder / "libfast_shm.so"
+@pytest.fixture
+def library(lib_folder: pathlib.Path) -> pathlib.Path:
+    return lib_folder / "libfast_shm.so"
 
 
 def test_ctypes_shares_a_limit(library: pathlib.Path, segment: Segment) -> None:

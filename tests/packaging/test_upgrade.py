@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from support.built_once import built_once
 from support.children import PATIENCE
 
 from fast_litellm_shm._shared.native import lib
@@ -49,7 +50,10 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def newer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with this package, built with the next layout version."""
-    folder = tmp_path_factory.mktemp("newer")
+    return built_once(tmp_path_factory, "newer", _build_newer)
+
+
+def _build_newer(folder: pathlib.Path) -> None:
     for name in ("csrc", "fast_litellm_shm"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__py*"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -63,13 +67,13 @@ def newer(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
         cwd=folder,
+        env={**os.environ, "FAST_SHM_CFLAGS": "-O1"},  # nothing here is about speed
         check=False,
         capture_output=True,
         text=True,
         timeout=10 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 class _Worker:
