@@ -10,7 +10,6 @@ ffi: Any
 lib: Any
 
 def _untrack(o: object, /) -> None: ...
-def _has_ours(fields: Iterable[tuple[AnyStr, AnyStr]], ours: frozenset[AnyStr], /) -> bool: ...
 def _on_look(hook: Callable[[int], None], /) -> None: ...
 
 class Decision:
@@ -54,6 +53,16 @@ class Fields(Generic[AnyStr]):
         now: float,
         /,
     ) -> None: ...
+    def all_with(
+        self,
+        present: list[tuple[AnyStr, AnyStr]],
+        ours: frozenset[AnyStr],
+        policy: tuple[AnyStr, AnyStr],
+        limit: object,
+        decision: Decision | None,
+        now: float,
+        /,
+    ) -> list[tuple[AnyStr, AnyStr]] | None: ...
 
 class Permit:
     @property

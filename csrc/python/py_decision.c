@@ -45,11 +45,13 @@ static PyObject *decision_retry_after_ns(PyObject *o, UNUSED void *unused) {
 static PyObject *decision_reset_after(PyObject *o, UNUSED void *unused) {
   return seconds(((Decision *)o)->d.reset_after_ns);
 }
-static PyObject *decision_limit(PyObject *o, UNUSED void *unused) {
-  Decision *d = (Decision *)o;
+/* Borrowed. */
+static PyObject *limit_of(const Decision *d) {
   Py_ssize_t i = (Py_ssize_t)d->d.limit_index;
-  PyObject *limit = i < PyTuple_Size(d->limits) ? PyTuple_GetItem(d->limits, i) : Py_None;
-  return Py_XNewRef(limit);
+  return i < PyTuple_Size(d->limits) ? PyTuple_GetItem(d->limits, i) : Py_None;
+}
+static PyObject *decision_limit(PyObject *o, UNUSED void *unused) {
+  return Py_XNewRef(limit_of((Decision *)o));
 }
 static PyObject *decision_limit_index(PyObject *o, UNUSED void *unused) {
   return PyLong_FromUnsignedLong(((Decision *)o)->d.limit_index);

@@ -13,6 +13,16 @@ typedef struct {
 
 #define MOST_FIELD UINT64_C(999999999999999) /* of an Integer in a structured field */
 
+/* Write a number; where it ends. */
+static char *put_number(char *at, uint64_t number) {
+  char digits[20], *first = digits + sizeof digits;
+  do *--first = (char)('0' + number % 10);
+  while (number /= 10);
+  const size_t count = (size_t)(digits + sizeof digits - first);
+  memcpy(at, first, count);
+  return at + count;
+}
+
 /* text, then the number of left, and ";t=" with whole if that is not 0; a new str, or bytes. NULL: it raised. */
 static PyObject *field_value(int raw, PyObject *text, uint64_t left, uint64_t whole) {
   char few[512], *all = few;
@@ -21,11 +31,13 @@ static PyObject *field_value(int raw, PyObject *text, uint64_t left, uint64_t wh
   const size_t room = (size_t)head.length + 64;
   if (room > sizeof few && !(all = malloc(room))) return PyErr_NoMemory();
   memcpy(all, head.bytes, (size_t)head.length);
-  int more = whole ? snprintf(all + head.length, 64, "%llu;t=%llu", (unsigned long long)left,
-                              (unsigned long long)whole)
-                   : snprintf(all + head.length, 64, "%llu", (unsigned long long)left);
-  PyObject *out = raw ? PyBytes_FromStringAndSize(all, head.length + more)
-                      : PyUnicode_FromStringAndSize(all, head.length + more);
+  char *end = put_number(all + head.length, left);
+  if (whole) {
+    memcpy(end, ";t=", 3);
+    end = put_number(end + 3, whole);
+  }
+  PyObject *out =
+      raw ? PyBytes_FromStringAndSize(all, end - all) : PyUnicode_FromStringAndSize(all, end - all);
   if (all != few) free(all);
   Py_XDECREF(head.held);
   return out;
@@ -46,6 +58,26 @@ static uint64_t whole_seconds(double seconds) {
   return whole < 1 ? 1 : whole < 1e15 ? (uint64_t)whole : MOST_FIELD;
 }
 
+/* Append the fields to a list. now: Unix time in seconds. */
+static int append_fields(const Fields *self, PyObject *list, const fshm_decision *d, uint64_t left,
+                         double until, double now) {
+  if (left > MOST_FIELD) left = MOST_FIELD;
+  int raw = PyBytes_Check(self->rate_limit);
+  if (self->longest <= 0)
+    return add_field(list, self->rate_limit, field_value(raw, self->quoted, left, 0));
+  if (d->status != FSHM_ALLOWED)
+    until = d->retry_after_ns == FSHM_NEVER ? self->longest : (double)d->retry_after_ns / 1e9;
+  else if (until > self->longest)
+    until = self->longest;
+  const uint64_t whole = whole_seconds(until);
+  return add_field(list, self->rate_limit, field_value(raw, self->quoted, left, whole)) ||
+         PyList_Append(list, self->limit) ||
+         add_field(list, self->remaining, field_value(raw, NULL, left, 0)) ||
+         add_field(list, self->reset, field_value(raw, NULL, whole_seconds(now) + whole, 0));
+}
+
+static double until_reset(const fshm_decision *d) { return (double)d->reset_after_ns / 1e9; }
+
 /* add(fields, decision, left, until_all, now): append the fields to a list. left, until_all: None: the decision's.
  * now: Unix time in seconds. */
 static PyObject *fields_add(PyObject *o, PyObject *const *args, Py_ssize_t n) {
@@ -55,27 +87,59 @@ static PyObject *fields_add(PyObject *o, PyObject *const *args, Py_ssize_t n) {
     return PyErr_Format(PyExc_TypeError, "add() takes a list and a Decision, not %R", args[1]);
   const fshm_decision *d = &((Decision *)args[1])->d;
   uint64_t left = d->remaining;
-  double until = (double)d->reset_after_ns / 1e9, now = PyFloat_AsDouble(args[4]);
+  double until = until_reset(d), now = PyFloat_AsDouble(args[4]);
   if (args[2] != Py_None && get_cost(args[2], &left)) return NULL;
   if (args[3] != Py_None) until = PyFloat_AsDouble(args[3]);
-  if (PyErr_Occurred()) return NULL;
-  if (left > MOST_FIELD) left = MOST_FIELD;
-  int raw = PyBytes_Check(self->rate_limit);
-  if (self->longest <= 0) {
-    if (add_field(args[0], self->rate_limit, field_value(raw, self->quoted, left, 0))) return NULL;
-    Py_RETURN_NONE;
-  }
-  if (d->status != FSHM_ALLOWED)
-    until = d->retry_after_ns == FSHM_NEVER ? self->longest : (double)d->retry_after_ns / 1e9;
-  else if (until > self->longest)
-    until = self->longest;
-  const uint64_t whole = whole_seconds(until);
-  if (add_field(args[0], self->rate_limit, field_value(raw, self->quoted, left, whole)) ||
-      PyList_Append(args[0], self->limit) ||
-      add_field(args[0], self->remaining, field_value(raw, NULL, left, 0)) ||
-      add_field(args[0], self->reset, field_value(raw, NULL, whole_seconds(now) + whole, 0)))
-    return NULL;
+  if (PyErr_Occurred() || append_fields(self, args[0], d, left, until, now)) return NULL;
   Py_RETURN_NONE;
+}
+
+/* Whether the name of a field may be one of ours: they begin with x or r. */
+static int may_be_ours(PyObject *name) {
+  key_arg k = {"", 0, NULL};
+  if (PyBytes_Check(name) ? get_bytes(name, &k)
+                          : !(k.bytes = PyUnicode_AsUTF8AndSize(name, &k.length)))
+    PyErr_Clear();
+  return k.length && (*k.bytes == 'x' || *k.bytes == 'X' || *k.bytes == 'r' || *k.bytes == 'R');
+}
+
+/* Whether a field, a pair of name and value, has a name out of ours; all are str, or all bytes. -1: it raised. */
+static int any_of(PyObject *fields, PyObject *ours) {
+  int found = 0;
+  const Py_ssize_t count = PyList_Size(fields);
+  for (Py_ssize_t i = 0; i < count && !found; i++) {
+    PyObject *name = PySequence_GetItem(PyList_GetItem(fields, i), 0), *lower = NULL;
+    if (!name || may_be_ours(name)) {
+      if (name) lower = PyObject_CallMethod(name, "lower", NULL);
+      found = lower ? PySequence_Contains(ours, lower) : -1;
+      Py_XDECREF(lower);
+    }
+    Py_XDECREF(name);
+  }
+  return found;
+}
+
+/* all_with(present, ours, policy, limit, decision, now): a new list: of present, a list of fields; then policy, a field;
+ * then what add() appends. None: the decision is none, is a denial, or names another limit; or present has a field whose
+ * name is in ours, a frozenset in lower case. */
+static PyObject *fields_all_with(PyObject *o, PyObject *const *args, Py_ssize_t n) {
+  Fields *self = (Fields *)o;
+  if (count_args("all_with", n, 6)) return NULL;
+  if (!self->reset || !PyList_Check(args[0]))
+    return PyErr_Format(PyExc_TypeError, "all_with() takes a list of fields, not %R", args[0]);
+  if (Py_TYPE(args[4]) != decision_type) Py_RETURN_NONE;
+  const fshm_decision *d = &((Decision *)args[4])->d;
+  if (d->status != FSHM_ALLOWED || limit_of((Decision *)args[4]) != args[3]) Py_RETURN_NONE;
+  double now = PyFloat_AsDouble(args[5]);
+  if (PyErr_Occurred()) return NULL;
+  PyObject *all = PyList_GetSlice(args[0], 0, PY_SSIZE_T_MAX); /* no other thread can change it */
+  int found = all ? any_of(all, args[1]) : -1;
+  if (!found && (PyList_Append(all, args[2]) ||
+                 append_fields(self, all, d, d->remaining, until_reset(d), now)))
+    found = -1;
+  if (!found) return all;
+  Py_XDECREF(all);
+  return found < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* Fields(rate_limit, quoted, limit, remaining, reset, longest): the names of three fields, all str or all bytes;
@@ -110,6 +174,7 @@ static void fields_dealloc(PyObject *o) {
 }
 
 static PyMethodDef fields_methods[] = {{"add", FAST(fields_add), METH_FASTCALL, NULL},
+                                       {"all_with", FAST(fields_all_with), METH_FASTCALL, NULL},
                                        {NULL, NULL, 0, NULL}};
 
 static PyType_Slot fields_slots[] = {{Py_tp_dealloc, (void *)fields_dealloc},
@@ -117,33 +182,3 @@ static PyType_Slot fields_slots[] = {{Py_tp_dealloc, (void *)fields_dealloc},
                                      {Py_tp_init, (void *)fields_init},
                                      {Py_tp_new, (void *)PyType_GenericNew},
                                      {0, NULL}};
-
-/* Whether the name of a field may be one of ours: they begin with x or r. */
-static int may_be_ours(PyObject *name) {
-  key_arg k = {"", 0, NULL};
-  if (PyBytes_Check(name) ? get_bytes(name, &k)
-                          : !(k.bytes = PyUnicode_AsUTF8AndSize(name, &k.length)))
-    PyErr_Clear();
-  return k.length && (*k.bytes == 'x' || *k.bytes == 'X' || *k.bytes == 'r' || *k.bytes == 'R');
-}
-
-/* _has_ours(fields, ours): whether a field, a pair of name and value, has a name out of ours, a frozenset in lower
- * case; all are str, or all bytes. */
-static PyObject *module_has_ours(UNUSED PyObject *module, PyObject *const *args, Py_ssize_t n) {
-  if (count_args("_has_ours", n, 2)) return NULL;
-  PyObject *iterator = PyObject_GetIter(args[0]), *pair;
-  int found = 0;
-  while (iterator && !found && (pair = PyIter_Next(iterator))) {
-    PyObject *name = PySequence_GetItem(pair, 0), *lower = NULL;
-    Py_DECREF(pair);
-    if (!name || may_be_ours(name)) {
-      if (name) lower = PyObject_CallMethod(name, "lower", NULL);
-      found = lower ? PySequence_Contains(args[1], lower) : -1;
-      Py_XDECREF(lower);
-    }
-    Py_XDECREF(name);
-  }
-  Py_XDECREF(iterator);
-  if (!iterator || found < 0 || PyErr_Occurred()) return NULL;
-  return PyBool_FromLong(found);
-}

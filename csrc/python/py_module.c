@@ -21,7 +21,6 @@ static PyObject *module_untrack(UNUSED PyObject *module, PyObject *o) {
 
 static PyMethodDef module_methods[] = {{"_untrack", module_untrack, METH_O, NULL},
                                        {"_on_look", module_on_look, METH_O, NULL},
-                                       {"_has_ours", FAST(module_has_ours), METH_FASTCALL, NULL},
                                        {"open_vocabulary", vocabulary_open, METH_O, NULL},
                                        {"build_vocabulary", vocabulary_build, METH_VARARGS, NULL},
                                        {NULL, NULL, 0, NULL}};

@@ -32,7 +32,6 @@ Counts = _native.Counts
 Reservation = _native.Reservation
 Slot = _native.Slot
 Use = _native.Use
-has_ours = _native._has_ours  # among the fields of a response: csrc/python/py_fields.c
 on_look = _native._on_look  # a hook that calls run every few seconds: csrc/python/py_watch.h
 
 

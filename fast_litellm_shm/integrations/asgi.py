@@ -167,7 +167,7 @@ class RateLimitMiddleware(Middleware[App]):
                 await self._serve(outcome, scope, receive, send)
             else:
                 scope[MARK] = outcome
-                await self.app(scope, receive, _HeaderSender(outcome, send))
+                await self.app(scope, receive, _with_its_headers(outcome, send))
 
     async def _serve(
         self, outcome: Outcome | None, scope: Scope, receive: Receive, send: Send
@@ -231,25 +231,22 @@ class _Response:
             self._outcome.release()
 
 
-class _HeaderSender:
+def _with_its_headers(outcome: Outcome, send: Send) -> Send:
     """What the application gets as ``send``, where no permit is held: it makes no coroutine of its
     own."""
 
-    __slots__ = ("_outcome", "_send")
-
-    def __init__(self, outcome: Outcome, send: Send) -> None:
-        self._outcome, self._send = outcome, send
-
-    def __call__(self, message: Message) -> Awaitable[None]:
+    def sending(message: Message) -> Awaitable[None]:
         if message["type"] == "http.response.start":
-            message = _with_headers(self._outcome, message)
-        return self._send(message)
+            present = message.get("headers", ())
+            message = {**message, "headers": outcome.raw_headers_with(present)}
+        return send(message)
+
+    return sending
 
 
 def _with_headers(outcome: Outcome, message: Message) -> Message:
     """The message that begins a response, with the headers that it has to have."""
-    present: RawHeaders = list(message.get("headers", ()))
-    return {**message, "headers": present + outcome.raw_headers_beside(present)}
+    return {**message, "headers": outcome.raw_headers_with(message.get("headers", ()))}
 
 
 def _raw(headers: Headers) -> RawHeaders:

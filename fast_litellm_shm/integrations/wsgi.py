@@ -70,7 +70,7 @@ class RateLimitMiddleware(Middleware[App]):
         def start(
             status: str, headers: list[tuple[str, str]], exc_info: ExcInfo = None
         ) -> Callable[[bytes], object]:
-            more = [*headers, *outcome.pairs_beside(headers)]
+            more = outcome.pairs_with(headers)
             write: Callable[[bytes], object] = (
                 start_response(status, more, exc_info) if exc_info else start_response(status, more)
             )

@@ -15,8 +15,6 @@ from django.http import HttpResponse
 
 from fast_litellm_shm.integrations.web import MARK, Outcome, Request, forwarded_for
 from fast_litellm_shm.integrations.web.keys import NOBODY
-from fast_litellm_shm.integrations.web.paths import read
-from fast_litellm_shm.integrations.web.request import verb
 from fast_litellm_shm.integrations.web.responses import LISTS
 
 PROXIES = "FAST_LITELLM_SHM_TRUSTED_PROXIES"
@@ -33,12 +31,12 @@ class DjangoRequest(Request):
     def __init__(self, request: Any, is_async: bool = False) -> None:
         mount = request.META.get("SCRIPT_NAME") or ""
         super().__init__(
-            verb(request.method or "GET"),
-            "",
+            request.method or "GET",
+            request.path,
             request.META.get("REMOTE_ADDR") or None,
             request,
             mount=mount,
-            readings=read(request.path, mount, request.path_info),
+            within=request.path_info,
         )
         self.is_async = is_async
         proxies = getattr(settings, PROXIES, None)

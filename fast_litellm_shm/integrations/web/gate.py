@@ -68,7 +68,7 @@ class _Opened:
         """Of the limits in force, which may be changed."""
         found = self._grantor.limits
         if found is not self._policies.found and found != self._policies.found:
-            self._policies = responses.Policies(self.rule.public_name, found)
+            self._policies = responses.Policies(self.rule.public_name, found, self.rule.dry_run)
         return self._policies
 
     async def admit(
@@ -98,11 +98,13 @@ class _Opened:
 
     def outcome(self, key: str | bytes, permit: Held) -> Outcome:
         """What an admission or a denial comes to."""
-        policies = self.policies()
-        if len(policies.found) == 1:
-            return Outcome(self.rule, key, permit, policies, not permit.allowed)
-        left = self._left(key, permit.decision, len(policies.found))
-        return Outcome(self.rule, key, permit, policies, not permit.allowed, left)
+        policies = self._policies
+        if policies.found is not self._grantor.limits:
+            policies = self.policies()
+        outcome = Outcome(self.rule, key, permit, policies, not permit.allowed)
+        if len(policies.found) > 1:
+            outcome.left = self._left(key, permit.decision, len(policies.found))
+        return outcome
 
     def _left(self, key: str | bytes, decision: Decision, count: int) -> Left:
         """Of the limit that the decision names: what is left, and the seconds until nothing of it
@@ -195,9 +197,11 @@ class Gate(Generic[_App]):
     ) -> Outcome | None | Coroutine[Any, Any, Outcome | None]:
         """The outcome of check_async(); or a coroutine that returns it, where there may be
         something to wait for."""
-        if self._refuses is not None and len(request.readings.routed) > 1:
+        target = request.target
+        if self._refuses is not None and len(target.readings.routed) > 1:
             return Outcome.unchecked(self._refuses, "", responses.NO_POLICIES, True, 400)
-        found = self._routes.find(request)
+        routes = self._routes
+        found = routes.kept(target) if target.kept else routes.find(target)
         if not found:
             return None
         opened = found[0]

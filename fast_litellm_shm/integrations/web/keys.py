@@ -89,7 +89,10 @@ def client_address(request: Request) -> str:
     give them ``*``: a client may then write any address into ``X-Forwarded-For``. If the server
     knows no address (on a Unix socket), all clients count as ``unknown``.
     """
-    return _connected(request, _IPV6_PREFIX)
+    client = request.client
+    if client is None or len(client) > _LONGEST:
+        return _connected(request, _IPV6_PREFIX)
+    return _key_of(client, _IPV6_PREFIX)
 
 
 def client_network(*, ipv6_prefix: int) -> Callable[[Request], str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import AnyStr, TypeAlias
 
 from fast_litellm_shm import limits
-from fast_litellm_shm._shared.native import Decision, has_ours
+from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm.integrations.web import responses
 from fast_litellm_shm.integrations.web.rules import Rule
 from fast_litellm_shm.limiters.grantors import Held
@@ -29,9 +29,11 @@ class Outcome:
     as many wait as may: seconds until it would have been served; None: not known.
     """
 
-    __slots__ = ("__dict__", "_left", "_permit", "_policies", "decision", "denied", "key", "rule")
+    __slots__ = ("__dict__", "_permit", "_policies", "decision", "denied", "key", "rule")
 
     expected: float | None = None
+    #: Of the limit that the decision names; (None, None): what the decision has.
+    left: Left = (None, None)
     _others: tuple[Outcome, ...] = ()  # of more rules, where the path has several readings
     _error_status = 503
 
@@ -42,12 +44,10 @@ class Outcome:
         admission: Held | None,
         policies: responses.Policies,
         denied: bool,
-        left: Left = (None, None),
     ) -> None:
-        """left: of the limit that the decision names; (None, None): what the decision has."""
         self.rule, self.key, self.denied = rule, key, denied
         self.decision: Decision | None = None if admission is None else admission.decision
-        self._policies, self._left = policies, left
+        self._policies = policies
         self._permit = admission if admission else None
 
     @classmethod
@@ -132,7 +132,7 @@ class Outcome:
                     if policies.found[place] is limit
                     else responses.fields_of(policies.names[place], limit, made)  # as it was then
                 )
-                left, until_all = self._left
+                left, until_all = self.left
                 field.add(found, decision, left, until_all, time.time())
         if denied and (retry := self.retry_after) is not None:
             found.append(made("Retry-After", str(retry)))
@@ -148,20 +148,34 @@ class Outcome:
             if field[0].lower() in responses.LISTS or field[0].lower() not in names
         ]
 
-    def pairs_beside(self, present: responses.Headers) -> responses.Headers:
-        """The same, of pairs of name and value."""
-        if has_ours(present, responses.SINGLE):
-            return self.headers_beside(name for name, _ in present)
-        return self.headers()
+    def pairs_with(self, present: responses.Headers) -> responses.Headers:
+        """The headers of a response that has these, with ours."""
+        usual = self._policies.usual_text
+        if usual is not None:
+            fields, policy, limit = usual
+            found = fields.all_with(
+                present, responses.SINGLE, policy, limit, self.decision, time.time()
+            )
+            if found is not None:
+                return found
+        return [*present, *self.headers_beside(name for name, _ in present)]
 
-    def raw_headers_beside(self, present: responses.RawHeaders) -> responses.RawHeaders:
+    def raw_headers_with(self, present: Iterable[tuple[bytes, bytes]]) -> responses.RawHeaders:
         """The same, as ASGI has headers."""
-        found = self._headers(self._policies.raw, responses.as_bytes)
-        if not has_ours(present, responses.RAW_SINGLE):
-            return found
+        present = list(present)
+        usual = self._policies.usual_raw
+        if usual is not None:
+            fields, policy, limit = usual
+            found = fields.all_with(
+                present, responses.RAW_SINGLE, policy, limit, self.decision, time.time()
+            )
+            if found is not None:
+                return found
+        ours = self._headers(self._policies.raw, responses.as_bytes)
         names = {name.lower() for name, _ in present}
         return [
-            field for field in found if field[0] in responses.RAW_LISTS or field[0] not in names
+            *present,
+            *(field for field in ours if field[0] in responses.RAW_LISTS or field[0] not in names),
         ]
 
     @property

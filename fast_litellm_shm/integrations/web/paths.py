@@ -8,7 +8,6 @@ request counts under the rules of each.
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import NamedTuple
 from urllib.parse import unquote, urlparse
@@ -19,7 +18,6 @@ _UNDECODABLE = re.compile("[\ufffd\ud800-\udfff]")
 #: A path in which none of these is found has one reading: itself.
 _ODD = re.compile(r"//|/\.\.?(?![^/])|%[0-9A-Fa-f]{2}|\n\Z|\A(?!/)|[\ufffd\ud800-\udfff]")
 _DECODED = 3  # more times than the server did: no known software decodes more often
-_LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the memory
 
 
 class Readings(NamedTuple):
@@ -40,12 +38,6 @@ def read(path: str, mount: str = "", within: str | None = None, raw: str = "") -
     below it, where the server has it (``PATH_INFO``: frameworks route by that alone); None: it is
     part of ``path``, and frameworks differ in how they remove the mount point. raw: the path before
     it was decoded, where the server has it."""
-    if len(path) + len(mount) + len(raw) > _LONGEST_KEPT:
-        return _read(path, mount, within, raw)
-    return _read_kept(path, mount, within, raw)
-
-
-def _read(path: str, mount: str, within: str | None, raw: str) -> Readings:
     mount = mount.rstrip("/")
     if not mount and not raw and within in (None, path) and not _ODD.search(path):
         other = _toggled(path)  # as below, for the usual path
@@ -71,9 +63,6 @@ def _read(path: str, mount: str, within: str | None, raw: str) -> Readings:
         tuple(routed),
         tuple(each for each in known if each not in routed),
     )
-
-
-_read_kept = functools.lru_cache(1024)(_read)
 
 
 def _below(path: str, mount: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,39 @@ def verb(said: str) -> str:
 _VERBS = {each: each for each in ("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS")}
 
 
+_KEPT = 1024  # targets
+_LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the memory
+
+
+class Target:
+    """What a request asks for, as far as rules match it. kept: equal requests have this object."""
+
+    __slots__ = ("kept", "method", "mount", "path", "readings")
+
+    def __init__(
+        self, method: str | None, path: str, mount: str, within: str | None, raw: str
+    ) -> None:
+        self.method = _SOCKET if method is None else _VERBS.get(method) or verb(method)
+        self.mount, self.kept = mount, False
+        self.readings = read(path, mount, within, raw)
+        self.path = self.readings.path
+
+
+@functools.lru_cache(_KEPT)
+def _kept(method: str | None, path: str, mount: str, within: str | None, raw: str) -> Target:
+    found = Target(method, path, mount, within, raw)
+    found.kept = True
+    return found
+
+
+def target(
+    method: str | None, path: str, mount: str = "", within: str | None = None, raw: str = ""
+) -> Target:
+    """method: None: of a websocket. The others are those of :func:`read`."""
+    long = len(path) + len(mount) + len(raw) + len(method or "") > _LONGEST_KEPT
+    return (Target if long else _kept)(method, path, mount, within, raw)
+
+
 class Request:
     """method: in capitals; of a websocket ``WEBSOCKET``. path: in its canonical form, below the
     mount point: ``/login``, however the client wrote it. mount: where the application is mounted
@@ -28,22 +62,38 @@ class Request:
     server knows none (a Unix socket). raw: the ASGI scope, the WSGI environ, or FastAPI's Request.
     readings: all that the path may mean; rules match these."""
 
-    __slots__ = ("client", "method", "mount", "path", "raw", "readings")
+    __slots__ = ("client", "raw", "target")
 
     def __init__(
         self,
-        method: str,
+        method: str | None,
         path: str,
         client: str | None,
         raw: Any,
         *,
         mount: str = "",
-        readings: Readings | None = None,
+        within: str | None = None,
+        raw_path: str = "",
     ) -> None:
-        self.method, self.client, self.raw = method, client, raw
-        self.mount = mount
-        self.readings = read(path, mount) if readings is None else readings
-        self.path = self.readings.path
+        """within and raw_path: as :func:`read` has them."""
+        self.client, self.raw = client, raw
+        self.target = target(method, path, mount, within, raw_path)
+
+    @property
+    def method(self) -> str:
+        return self.target.method
+
+    @property
+    def path(self) -> str:
+        return self.target.path
+
+    @property
+    def mount(self) -> str:
+        return self.target.mount
+
+    @property
+    def readings(self) -> Readings:
+        return self.target.readings
 
     def header(self, name: str) -> str | None:
         """The header's value; several lines are joined by a comma; None: there is none."""
@@ -62,26 +112,27 @@ class AsgiRequest(Request):
     """Of a scope of type ``http`` or ``websocket``. root_path: given where an inner application
     sets it itself."""
 
-    __slots__ = ("_headers",)
+    __slots__ = ("_scope",)
 
     def __init__(self, scope: Mapping[str, Any], raw: Any = None, root_path: str = "") -> None:
-        client, kept = scope.get("client"), scope.get("raw_path") or b""
-        kept = kept.decode("latin-1").partition("?")[0] if b"%2" in kept else ""
         # What super().__init__() does, without the call.
-        said = scope.get("method")
-        self.method = _SOCKET if said is None else _VERBS.get(said) or verb(said)
+        client, raw_path = scope.get("client"), scope.get("raw_path")
         self.client = (client[0] or None) if client else None
         self.raw = scope if raw is None else raw
-        self.mount = mount = root_path or scope.get("root_path") or ""
-        self.readings = found = read(
-            scope["path"], mount, None, kept if "%2f" in kept.lower() else ""
+        self._scope = scope
+        self.target = target(
+            scope.get("method"),
+            scope["path"],
+            root_path or scope.get("root_path") or "",
+            None,
+            # find(): `in` takes twice as long, for it first asks whether b"%2" is an int.
+            _with_slashes(raw_path) if raw_path and raw_path.find(b"%2") >= 0 else "",
         )
-        self.path = found.path
-        self._headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
 
     def _lines(self, name: str) -> list[bytes]:
         wanted = name.lower().encode("latin-1", "replace")
-        return [value for each, value in self._headers if each.lower() == wanted]
+        headers: Iterable[tuple[bytes, bytes]] = self._scope["headers"]
+        return [value for each, value in headers if each.lower() == wanted]
 
     def header(self, name: str) -> str | None:
         found = self._lines(name)
@@ -89,6 +140,12 @@ class AsgiRequest(Request):
 
     def repeats(self, name: str) -> bool:
         return len(self._lines(name)) > 1
+
+
+def _with_slashes(raw_path: bytes) -> str:
+    """The path before it was decoded, where it has an encoded slash."""
+    found = raw_path.decode("latin-1").partition("?")[0]
+    return found if "%2f" in found.lower() else ""
 
 
 def _decoded(found: str) -> str:
@@ -106,12 +163,9 @@ class WsgiRequest(Request):
         if not (mount.isascii() and path.isascii()):
             mount, path = _decoded(mount), _decoded(path)
         # What super().__init__() does, without the call.
-        said = environ["REQUEST_METHOD"]
-        self.method = _VERBS.get(said) or verb(said)
         self.client = environ.get("REMOTE_ADDR") or None
-        self.raw, self.mount = environ, mount
-        self.readings = found = read(mount + path, mount, path)
-        self.path = found.path
+        self.raw = environ
+        self.target = target(environ["REQUEST_METHOD"], mount + path, mount, path)
 
     def header(self, name: str) -> str | None:
         variable = name.upper().replace("-", "_")
@@ -130,11 +184,11 @@ class AiohttpRequest(Request):
         url = request.rel_url
         kept = url.raw_path
         super().__init__(
-            verb(request.method),
-            "",
+            request.method,
+            url.path,
             request.remote or None,
             request,
-            readings=read(url.path, "", None, kept if "%2f" in kept.lower() else ""),
+            raw_path=kept if "%2f" in kept.lower() else "",
         )
 
     def header(self, name: str) -> str | None:

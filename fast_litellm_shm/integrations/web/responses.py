@@ -39,6 +39,7 @@ BUSY_RETRY = 1  # s: when a request in flight ends is not known
 Headers = list[tuple[str, str]]
 RawHeaders = list[tuple[bytes, bytes]]
 Rendered: TypeAlias = "tuple[tuple[AnyStr, AnyStr], tuple[Fields[AnyStr], ...]]"
+Usual: TypeAlias = "tuple[Fields[AnyStr], tuple[AnyStr, AnyStr], LimitSpec]"
 
 
 def answers_handshake(scope: Mapping[str, Any]) -> bool:
@@ -99,11 +100,20 @@ def fields_of(
 
 class Policies:
     """What responses say of the limits of a rule, whatever the request is. found: those in force;
-    names: theirs; text and raw: RateLimit-Policy, and the fields of each limit."""
+    names: theirs; text and raw: RateLimit-Policy, and the fields of each limit. usual_text and
+    usual_raw: of a rule with one limit, which is not of requests in flight: that limit's fields,
+    RateLimit-Policy, and the limit; None: of another rule, or of one with ``dry_run``."""
 
-    def __init__(self, rule: str, found: tuple[LimitSpec | InFlight, ...]) -> None:
+    def __init__(
+        self, rule: str, found: tuple[LimitSpec | InFlight, ...], dry_run: bool = False
+    ) -> None:
         self.found, self.names = found, policy_names(rule, found)
         self.text, self.raw = self._rendered(as_text), self._rendered(as_bytes)
+        self.usual_text: Usual[str] | None = None
+        self.usual_raw: Usual[bytes] | None = None
+        if len(found) == 1 and not isinstance(found[0], InFlight) and not dry_run:
+            self.usual_text = self.text[1][0], self.text[0], found[0]
+            self.usual_raw = self.raw[1][0], self.raw[0], found[0]
 
     def _rendered(self, made: Callable[[str, str], tuple[AnyStr, AnyStr]]) -> Rendered[AnyStr]:
         each = zip(self.names, self.found, strict=True)

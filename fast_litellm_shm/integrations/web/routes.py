@@ -6,29 +6,22 @@ import functools
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from fast_litellm_shm.integrations.web.paths import Readings
-from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.integrations.web.request import Target
 from fast_litellm_shm.integrations.web.rules import Rule
 
 _T = TypeVar("_T")
-_KEPT = 1024  # answers
-_LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the memory
+_KEPT = 1024  # answers: as many as targets
 
 
 class Routes(Generic[_T]):
     """rules: in their order, each with what is found for it; None: it exempts its requests."""
 
     def __init__(self, rules: Iterable[tuple[Rule, _T | None]]) -> None:
-        index = _Index(rules)  # without a reference to us: no cycle
-        self._find = index.find
-        self._kept = functools.lru_cache(_KEPT)(index.find)
-
-    def find(self, request: Request) -> tuple[_T, ...]:
-        """For each path by which the request may be routed: the first rule that matches it, and the
-        rules with limits before it that match another name of that path."""
-        method, readings = request.method, request.readings
-        long = len(method) + len(readings.routed[0]) > _LONGEST_KEPT
-        return (self._find if long else self._kept)(method, readings)
+        #: For each path by which the request may be routed: the first rule that matches it, and the
+        #: rules with limits before it that match another name of that path.
+        self.find = _Index(rules).find  # without a reference to us: no cycle
+        #: find() of a target that is kept.
+        self.kept = functools.lru_cache(_KEPT)(self.find)
 
 
 class _Index(Generic[_T]):
@@ -41,8 +34,8 @@ class _Index(Generic[_T]):
             self._beginnings.setdefault(rule.beginning, []).append(place)
         self._lengths = sorted({len(each) for each in self._beginnings})
 
-    def find(self, method: str, readings: Readings) -> tuple[_T, ...]:
-        _, routed, aliases = readings
+    def find(self, target: Target) -> tuple[_T, ...]:
+        method, (_, routed, aliases) = target.method, target.readings
         found = []
         for place in self._places((*routed, *aliases)):
             rule, opened = self._rules[place]

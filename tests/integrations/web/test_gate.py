@@ -91,7 +91,44 @@ def test_the_index_of_rules_finds_what_each_rule_says(
             wanted.append(place)
         routed = left
     routes = Routes((rule, place if rule.limits else None) for place, rule in enumerate(rules))
-    assert routes.find(asked_for) == routes.find(asked_for) == tuple(wanted)
+    for find in (routes.find, routes.kept, routes.kept):
+        assert find(asked_for.target) == tuple(wanted)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(Limit(1, per=60)),
+        Rule(Limit(1, per=60), dry_run=True),
+        Rule(Limit(1, per=60), Window(5, per=3600)),
+        Rule(Limit(1, per=60), in_flight=1),
+        Rule(in_flight=1),
+    ],
+)
+def test_a_response_keeps_its_headers_and_gets_ours(segment: Segment, rule: Rule) -> None:
+    """Those of a plain request are made in one native call, others in Python: the same fields."""
+    checks = gate(segment, rule)
+    outcomes = [asked(checks), asked(checks)]  # the second is denied
+    if rule.in_flight is None:
+        gate(segment, Rule(Limit(3, per=60)))  # other limits for the same name
+        outcomes.append(asked(checks))
+    present: list[tuple[str, str]]
+    for present in (
+        [],
+        [("Content-Type", "text/plain"), ("X-Request-Id", "1"), ("Range", "none")],
+        [("X-RateLimit-Remaining", "7"), ("retry-after", "9")],
+        [("RATELIMIT", '"inner";r=1'), ("ratelimit-policy", '"inner";q=1;w=1')],
+    ):
+        raw = [(name.lower().encode(), value.encode()) for name, value in present]
+        for outcome in outcomes:
+            ours = outcome.headers_beside(name for name, _ in present)
+            assert outcome.pairs_with(present) == [*present, *ours]
+            assert outcome.raw_headers_with(iter(raw)) == [
+                *raw,
+                *((name.lower().encode(), value.encode()) for name, value in ours),
+            ]
+    for outcome in outcomes:
+        outcome.release()
 
 
 def test_the_first_that_matches_is_asked(segment: Segment) -> None:
