@@ -271,7 +271,8 @@ def test_requests_that_wait(segment: Segment) -> None:
         served_.append(request.query["n"])
         return web.Response()
 
-    rule = Rule(TokenBucket(20, per=1, burst=1), wait=PATIENCE, max_waiting=3)
+    # One in half a second: all six come before the second is served.
+    rule = Rule(TokenBucket(2, per=1, burst=1), wait=PATIENCE, max_waiting=3)
 
     async def scenario() -> list[int]:
         async with serving(middleware(segment, rule), note=note) as client:
