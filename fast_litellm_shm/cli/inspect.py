@@ -377,9 +377,11 @@ def _show(samples: Iterator[_Sample], args: argparse.Namespace) -> None:
         for sample in samples:
             sample.write_json()
         return
+    render.import_ahead()
+    first = next(samples)
     out = render.console()
     if args.watch is None or not out.is_terminal or out.is_dumb_terminal:
-        for sample in samples:
+        for sample in itertools.chain([first], samples):
             _print(out, sample, top)
             if args.watch is not None:
                 out.print()
@@ -389,8 +391,7 @@ def _show(samples: Iterator[_Sample], args: argparse.Namespace) -> None:
 
     # SIGTERM must not leave the terminal on its alternate screen.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    first = _frame(out, next(samples), top)
-    with Live(first, console=out, screen=True, auto_refresh=False) as live:
+    with Live(_frame(out, first, top), console=out, screen=True, auto_refresh=False) as live:
         live.refresh()
         for sample in samples:
             live.update(_frame(out, sample, top), refresh=True)

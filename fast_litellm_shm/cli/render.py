@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from decimal import Decimal
@@ -157,6 +159,20 @@ def waiting(retry_after: float | None) -> str:
     if retry_after is None:
         return "never"
     return duration(retry_after) if retry_after else "-"
+
+
+def import_ahead() -> None:
+    """Import what tables need, in a thread. Meanwhile C code looks at a segment, without the GIL,
+    which takes about as long for a million keys."""
+
+    def imports() -> None:
+        with contextlib.suppress(ImportError):  # console() says so
+            import rich.box
+            import rich.console
+            import rich.table
+            import rich.text  # noqa: F401
+
+    threading.Thread(target=imports).start()
 
 
 def console() -> Console:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 from _pytest.mark import ParameterSet
+from support.children import PATIENCE
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,12 +37,13 @@ def test_block_runs(page: pathlib.Path, code: str, segment_name: str) -> None:
         env={
             **os.environ,
             "FAST_LITELLM_SHM_NAME": segment_name,
-            "FAST_LITELLM_TOKENIZER_DOWNLOAD": "false",  # no block waits for a network
+            # No block waits for a network.
+            **{"FAST_LITELLM_TOKENIZER_DOWNLOAD": "false", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, f"{page}: {done.stderr}"
