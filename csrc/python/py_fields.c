@@ -98,8 +98,10 @@ static PyObject *fields_add(PyObject *o, PyObject *const *args, Py_ssize_t n) {
 static int may_be_ours(PyObject *name) {
   key_arg k = {"", 0, NULL};
   if (PyBytes_Check(name) ? get_bytes(name, &k)
-                          : !(k.bytes = PyUnicode_AsUTF8AndSize(name, &k.length)))
-    PyErr_Clear();
+                          : !(k.bytes = PyUnicode_AsUTF8AndSize(name, &k.length))) {
+    PyErr_Clear(); /* neither UTF-8 nor bytes; k.length is -1 from 3.13 on */
+    return 0;
+  }
   return k.length && (*k.bytes == 'x' || *k.bytes == 'X' || *k.bytes == 'r' || *k.bytes == 'R');
 }
 

@@ -225,12 +225,15 @@ static int plan_may_fit(const plan_of_list *p, PyObject *model, Py_ssize_t lengt
   return p->model == model || !PyUnicode_Compare(p->model, model);
 }
 
-/* The deployment at this place of the list, a new reference; NULL, perhaps with an exception: it is not the plan's. */
+/* The deployment at this place of the list, a new reference. NULL, without an exception: it is not the plan's, or a key
+ * cannot be compared. */
 static PyObject *item_of_plan(const plan_of_list *p, uint32_t strategy, PyObject *list,
                               Py_ssize_t at, int blocked) {
-  PyObject *item = list_get(list, at);
-  if (item && (item == p->items[at] || has_read(p, strategy, &p->read[at], item, blocked)))
+  PyObject *item = list_get(list, at); /* NULL: the list has got shorter */
+  if (item && (item == p->items[at] || has_read(p, strategy, &p->read[at], item, blocked)) &&
+      !PyErr_Occurred())
     return item;
+  PyErr_Clear();
   Py_XDECREF(item);
   return NULL;
 }
@@ -239,11 +242,9 @@ static int plan_fits(const plan_of_list *p, uint32_t strategy, PyObject *list, i
   for (Py_ssize_t i = 0; i < p->length; i++) {
     PyObject *item = item_of_plan(p, strategy, list, i, blocked);
     Py_XDECREF(item);
-    if (!item) break;
-    if (i + 1 == p->length && !PyErr_Occurred()) return 1;
+    if (!item) return 0;
   }
-  PyErr_Clear(); /* of a list that has got shorter, or a key that cannot be compared */
-  return !p->length;
+  return 1;
 }
 
 /* splitmix64, with the time mixed in, so that forked workers do not pick in step. */
@@ -396,9 +397,7 @@ static PyObject *route(RouterCore *self, PyObject *list, PyObject *model, PyObje
   /* The caller's own list may have changed since it was compared: another thread, or what compares keys. */
   if (at >= 0) picked = item_of_plan(p, self->strategy, list, at, blocked != NULL);
   plan_done(self, p);
-  if (picked || at < 0) return picked;
-  PyErr_Clear();
-  return route_anew(self, list, model, blocked, now);
+  return picked || at < 0 ? picked : route_anew(self, list, model, blocked, now);
 }
 
 static const char *const pick_names[] = {"model_list", "model", "blocked_models"};

@@ -377,21 +377,24 @@ def _show(samples: Iterator[_Sample], args: argparse.Namespace) -> None:
         for sample in samples:
             sample.write_json()
         return
-    render.import_ahead()
-    first = next(samples)
+    if args.watch is None:
+        render.import_ahead()
+        for sample in samples:
+            _print(render.console(), sample, top)
+        return
     out = render.console()
-    if args.watch is None or not out.is_terminal or out.is_dumb_terminal:
-        for sample in itertools.chain([first], samples):
+    if not out.is_terminal or out.is_dumb_terminal:
+        for sample in samples:
             _print(out, sample, top)
-            if args.watch is not None:
-                out.print()
-                sys.stdout.flush()
+            out.print()
+            sys.stdout.flush()
         return
     from rich.live import Live
 
     # SIGTERM must not leave the terminal on its alternate screen.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with Live(_frame(out, first, top), console=out, screen=True, auto_refresh=False) as live:
+    first = _frame(out, next(samples), top)
+    with Live(first, console=out, screen=True, auto_refresh=False) as live:
         live.refresh()
         for sample in samples:
             live.update(_frame(out, sample, top), refresh=True)

@@ -150,6 +150,32 @@ def test_a_list_that_changes_while_it_is_compared(segment: Segment, becomes: lis
         assert picked in mine if becomes else picked is None
 
 
+@pytest.mark.parametrize("first", range(1, 6))
+def test_a_key_that_cannot_be_compared(segment: Segment, first: int) -> None:
+    """Its comparison fails from a call on, which is within each look at the list."""
+    calls = 0
+
+    class Key(str):
+        def __hash__(self) -> int:
+            return hash("weight")
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal calls
+            calls += 1
+            if calls >= first:
+                raise ValueError("compared")
+            return False
+
+    router = AdvancedRouter(segment=segment)
+    router.get_available_deployment(deployments(1), "m")
+    (mine,) = deployments(1)
+    params = {Key("other"): 1, **mine["litellm_params"]}
+    try:
+        assert router.get_available_deployment([{**mine, "litellm_params": params}], "m")
+    except ValueError as error:  # of the plan that was made anew
+        assert str(error) == "compared"
+
+
 def test_another_id_or_another_kind_of_value_is_another_deployment(segment: Segment) -> None:
     router = AdvancedRouter(segment=segment)
     listed = deployments(2, weight=1)

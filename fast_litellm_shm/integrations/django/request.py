@@ -15,6 +15,7 @@ from django.http import HttpResponse
 
 from fast_litellm_shm.integrations.web import MARK, Outcome, Request, forwarded_for
 from fast_litellm_shm.integrations.web.keys import NOBODY
+from fast_litellm_shm.integrations.web.request import verb
 from fast_litellm_shm.integrations.web.responses import LISTS
 
 PROXIES = "FAST_LITELLM_SHM_TRUSTED_PROXIES"
@@ -31,7 +32,7 @@ class DjangoRequest(Request):
     def __init__(self, request: Any, is_async: bool = False) -> None:
         mount = request.META.get("SCRIPT_NAME") or ""
         super().__init__(
-            request.method or "GET",
+            verb(request.method or "GET"),
             request.path,
             request.META.get("REMOTE_ADDR") or None,
             request,

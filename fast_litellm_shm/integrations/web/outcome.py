@@ -148,8 +148,9 @@ class Outcome:
             if field[0].lower() in responses.LISTS or field[0].lower() not in names
         ]
 
-    def pairs_with(self, present: responses.Headers) -> responses.Headers:
+    def pairs_with(self, present: Iterable[tuple[str, str]]) -> responses.Headers:
         """The headers of a response that has these, with ours."""
+        present = list(present)  # PEP 3333 wants a list; servers take anything
         usual = self._policies.usual_text
         if usual is not None:
             fields, policy, limit = usual
@@ -158,7 +159,8 @@ class Outcome:
             )
             if found is not None:
                 return found
-        return [*present, *self.headers_beside(name for name, _ in present)]
+        names = (name for name, *_ in present if isinstance(name, str))
+        return [*present, *self.headers_beside(names)]
 
     def raw_headers_with(self, present: Iterable[tuple[bytes, bytes]]) -> responses.RawHeaders:
         """The same, as ASGI has headers."""
@@ -172,7 +174,7 @@ class Outcome:
             if found is not None:
                 return found
         ours = self._headers(self._policies.raw, responses.as_bytes)
-        names = {name.lower() for name, _ in present}
+        names = {name.lower() for name, *_ in present if isinstance(name, bytes)}
         return [
             *present,
             *(field for field in ours if field[0] in responses.RAW_LISTS or field[0] not in names),

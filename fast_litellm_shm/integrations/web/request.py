@@ -27,7 +27,8 @@ _LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the me
 
 
 class Target:
-    """What a request asks for, as far as rules match it. kept: equal requests have this object."""
+    """What a request asks for, as far as rules match it. kept: equal requests nearly always have
+    this very object."""
 
     __slots__ = ("kept", "method", "mount", "path", "readings")
 
@@ -66,7 +67,7 @@ class Request:
 
     def __init__(
         self,
-        method: str | None,
+        method: str,
         path: str,
         client: str | None,
         raw: Any,
@@ -75,9 +76,11 @@ class Request:
         within: str | None = None,
         raw_path: str = "",
     ) -> None:
-        """within and raw_path: as :func:`read` has them."""
+        """method: of a client, what :func:`verb` makes of it. within and raw_path: as :func:`read`
+        has them."""
         self.client, self.raw = client, raw
-        self.target = target(method, path, mount, within, raw_path)
+        said = None if method == _SOCKET else method
+        self.target = target(said, path, mount, within, raw_path)
 
     @property
     def method(self) -> str:
@@ -184,7 +187,7 @@ class AiohttpRequest(Request):
         url = request.rel_url
         kept = url.raw_path
         super().__init__(
-            request.method,
+            verb(request.method),
             url.path,
             request.remote or None,
             request,

@@ -118,17 +118,41 @@ def test_a_response_keeps_its_headers_and_gets_ours(segment: Segment, rule: Rule
         [("Content-Type", "text/plain"), ("X-Request-Id", "1"), ("Range", "none")],
         [("X-RateLimit-Remaining", "7"), ("retry-after", "9")],
         [("RATELIMIT", '"inner";r=1'), ("ratelimit-policy", '"inner";q=1;w=1')],
+        [("\udc80", "no UTF-8"), ("retry-after", "9")],
     ):
-        raw = [(name.lower().encode(), value.encode()) for name, value in present]
+        raw = [(name.lower().encode("utf-8", "replace"), value.encode()) for name, value in present]
         for outcome in outcomes:
             ours = outcome.headers_beside(name for name, _ in present)
             assert outcome.pairs_with(present) == [*present, *ours]
+            assert outcome.pairs_with(iter(present)) == [*present, *ours]
             assert outcome.raw_headers_with(iter(raw)) == [
                 *raw,
                 *((name.lower().encode(), value.encode()) for name, value in ours),
             ]
     for outcome in outcomes:
         outcome.release()
+
+
+@pytest.mark.parametrize("limits", [[Limit(1, per=60)], [Limit(1, per=60), Window(5, per=3600)]])
+def test_headers_of_an_application_that_no_server_would_send(
+    segment: Segment, limits: list[Any]
+) -> None:
+    """It is the server that says so."""
+    outcome = asked(gate(segment, Rule(*limits)))
+    odd: list[Any] = [
+        (bytearray(b"x-odd"), b""),
+        (memoryview(b"odd"), b""),
+        (None, 1),
+        (b"a", 1, 2),
+    ]
+    assert outcome.raw_headers_with(odd)[:4] == odd
+    assert outcome.pairs_with(odd)[:4] == odd
+
+
+def test_a_websocket_that_a_program_describes(segment: Segment) -> None:
+    rule = Rule(Limit(1, per=60), methods={"WEBSOCKET"})
+    assert gate(segment, rule).check(Request("WEBSOCKET", "/", None, None)) is not None
+    assert gate(segment, rule).check(Request("websocket", "/", None, None)) is None
 
 
 def test_the_first_that_matches_is_asked(segment: Segment) -> None:
