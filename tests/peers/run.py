@@ -7,6 +7,7 @@ tests/ in PYTHONPATH.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -56,12 +57,16 @@ def _pytest(cwd: pathlib.Path, arguments: Sequence[str], **env: str) -> int:
 
 
 def _ended(running: subprocess.Popen[bytes]) -> int:
-    """Its exit status; 1, and a line, where it hangs."""
+    """Its exit status; 1, and where its threads are, where it hangs."""
     try:
         return running.wait(TIMEOUT)
     except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        print(f"no end after {TIMEOUT} s: killed")
+        print(f"no end after {TIMEOUT} s: killed", flush=True)
+        running.send_signal(signal.SIGABRT)  # pytest has faulthandler print all threads' stacks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
         return 1
 
 
