@@ -19,15 +19,21 @@ def test_passes(): pass
 
 @pytest.mark.parametrize("uri", ["shm://", "memcached://"])
 def test_uri(uri): assert uri == "shm://"
+
+tries = []
+
+def test_at_a_moment():
+    tries.append(1)
+    assert len(tries) > 1
 """
 FAILS, PASSES = "tests/test_theirs.py::test_fails", "tests/test_theirs.py::test_passes"
-GONE = "tests/test_theirs.py::test_gone"
+GONE, AT_A_MOMENT = "tests/test_theirs.py::test_gone", "tests/test_theirs.py::test_at_a_moment"
 
 
 @pytest.mark.parametrize(
     ("fails", "left_out", "status", "said"),
     [
-        ([FAILS], ["memcached://"], 0, "2 passed, 1 deselected, 1 xfailed"),
+        ([FAILS], ["memcached://"], 0, "3 passed, 1 deselected, 1 xfailed, 1 rerun"),
         ([], ["memcached://"], 1, f"FAILED {FAILS}"),
         ([FAILS, PASSES], ["memcached://"], 1, f"FAILED {PASSES} - [XPASS(strict)] because"),
         ([FAILS, GONE], ["memcached://"], 4, f"does not test: ['{GONE}']"),
@@ -44,6 +50,7 @@ def test_what_is_not_as_the_table_says_fails(
         "from peers import by_design\n"
         f"by_design.FAILS['x'] = dict.fromkeys({fails!r}, 'because')\n"
         f"by_design.LEFT_OUT['x'] = dict.fromkeys({left_out!r}, 'because')\n"
+        f"by_design.AT_A_MOMENT['x'] = {{{AT_A_MOMENT!r}: 'because'}}\n"
     )
     ini = ["-c", str(ROOT / "tests/peers/peers.ini"), f"--rootdir={tmp_path}"]
     done = subprocess.run(
