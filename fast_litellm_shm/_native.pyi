@@ -55,10 +55,10 @@ class Fields(Generic[AnyStr]):
     ) -> None: ...
     def all_with(
         self,
-        present: list[tuple[AnyStr, AnyStr]],
         ours: frozenset[AnyStr],
         policy: tuple[AnyStr, AnyStr],
         limit: object,
+        present: list[tuple[AnyStr, AnyStr]],
         decision: Decision | None,
         now: float,
         /,

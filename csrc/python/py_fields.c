@@ -121,22 +121,22 @@ static int any_of(PyObject *fields, PyObject *ours) {
   return found;
 }
 
-/* all_with(present, ours, policy, limit, decision, now): a new list: of present, a list of fields; then policy, a field;
+/* all_with(ours, policy, limit, present, decision, now): a new list: of present, a list of fields; then policy, a field;
  * then what add() appends. None: the decision is none, is a denial, or names another limit; or present has a field whose
  * name is in ours, a frozenset in lower case. */
 static PyObject *fields_all_with(PyObject *o, PyObject *const *args, Py_ssize_t n) {
   Fields *self = (Fields *)o;
   if (count_args("all_with", n, 6)) return NULL;
-  if (!self->reset || !PyList_Check(args[0]))
-    return PyErr_Format(PyExc_TypeError, "all_with() takes a list of fields, not %R", args[0]);
+  if (!self->reset || !PyList_Check(args[3]))
+    return PyErr_Format(PyExc_TypeError, "all_with() takes a list of fields, not %R", args[3]);
   if (Py_TYPE(args[4]) != decision_type) Py_RETURN_NONE;
   const fshm_decision *d = &((Decision *)args[4])->d;
-  if (d->status != FSHM_ALLOWED || limit_of((Decision *)args[4]) != args[3]) Py_RETURN_NONE;
+  if (d->status != FSHM_ALLOWED || limit_of((Decision *)args[4]) != args[2]) Py_RETURN_NONE;
   double now = PyFloat_AsDouble(args[5]);
   if (PyErr_Occurred()) return NULL;
-  PyObject *all = PyList_GetSlice(args[0], 0, PY_SSIZE_T_MAX); /* no other thread can change it */
-  int found = all ? any_of(all, args[1]) : -1;
-  if (!found && (PyList_Append(all, args[2]) ||
+  PyObject *all = PyList_GetSlice(args[3], 0, PY_SSIZE_T_MAX); /* no other thread can change it */
+  int found = all ? any_of(all, args[0]) : -1;
+  if (!found && (PyList_Append(all, args[1]) ||
                  append_fields(self, all, d, d->remaining, until_reset(d), now)))
     found = -1;
   if (!found) return all;

@@ -152,13 +152,8 @@ class Outcome:
         """The headers of a response that has these, with ours."""
         present = list(present)  # PEP 3333 wants a list; servers take anything
         usual = self._policies.usual_text
-        if usual is not None:
-            fields, policy, limit = usual
-            found = fields.all_with(
-                present, responses.SINGLE, policy, limit, self.decision, time.time()
-            )
-            if found is not None:
-                return found
+        if usual is not None and (found := usual(present, self.decision, time.time())) is not None:
+            return found
         names = (name for name, *_ in present if isinstance(name, str))
         return [*present, *self.headers_beside(names)]
 
@@ -166,13 +161,8 @@ class Outcome:
         """The same, as ASGI has headers."""
         present = list(present)
         usual = self._policies.usual_raw
-        if usual is not None:
-            fields, policy, limit = usual
-            found = fields.all_with(
-                present, responses.RAW_SINGLE, policy, limit, self.decision, time.time()
-            )
-            if found is not None:
-                return found
+        if usual is not None and (found := usual(present, self.decision, time.time())) is not None:
+            return found
         ours = self._headers(self._policies.raw, responses.as_bytes)
         names = {name.lower() for name, *_ in present if isinstance(name, bytes)}
         return [

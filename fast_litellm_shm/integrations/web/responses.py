@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -39,7 +40,11 @@ BUSY_RETRY = 1  # s: when a request in flight ends is not known
 Headers = list[tuple[str, str]]
 RawHeaders = list[tuple[bytes, bytes]]
 Rendered: TypeAlias = "tuple[tuple[AnyStr, AnyStr], tuple[Fields[AnyStr], ...]]"
-Usual: TypeAlias = "tuple[Fields[AnyStr], tuple[AnyStr, AnyStr], LimitSpec]"
+# The fields that a response has, the decision and Unix time; all fields of the response, or None.
+Usual: TypeAlias = (
+    "Callable[[list[tuple[AnyStr, AnyStr]], Decision | None, float], "
+    "list[tuple[AnyStr, AnyStr]] | None]"
+)
 
 
 def answers_handshake(scope: Mapping[str, Any]) -> bool:
@@ -101,8 +106,9 @@ def fields_of(
 class Policies:
     """What responses say of the limits of a rule, whatever the request is. found: those in force;
     names: theirs; text and raw: RateLimit-Policy, and the fields of each limit. usual_text and
-    usual_raw: of a rule with one limit, which is not of requests in flight: that limit's fields,
-    RateLimit-Policy, and the limit; None: of another rule, or of one with ``dry_run``."""
+    usual_raw: the native call that adds all fields to those of a response, where a rule has one
+    limit, which is not of requests in flight, and the request was admitted under it; None: of
+    another rule, or of one with ``dry_run``."""
 
     def __init__(
         self, rule: str, found: tuple[LimitSpec | InFlight, ...], dry_run: bool = False
@@ -112,8 +118,9 @@ class Policies:
         self.usual_text: Usual[str] | None = None
         self.usual_raw: Usual[bytes] | None = None
         if len(found) == 1 and not isinstance(found[0], InFlight) and not dry_run:
-            self.usual_text = self.text[1][0], self.text[0], found[0]
-            self.usual_raw = self.raw[1][0], self.raw[0], found[0]
+            (policy_text, (text,)), (policy_raw, (raw,)) = self.text, self.raw
+            self.usual_text = functools.partial(text.all_with, SINGLE, policy_text, found[0])
+            self.usual_raw = functools.partial(raw.all_with, RAW_SINGLE, policy_raw, found[0])
 
     def _rendered(self, made: Callable[[str, str], tuple[AnyStr, AnyStr]]) -> Rendered[AnyStr]:
         each = zip(self.names, self.found, strict=True)
