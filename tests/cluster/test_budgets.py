@@ -24,6 +24,7 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.native import lib
 from fast_litellm_shm.cluster import Cluster
 from fast_litellm_shm.cluster.background import Background
+from fast_litellm_shm.cluster.hosts import host_count
 from fast_litellm_shm.cluster.leader import Leader
 
 D = Decimal
@@ -320,7 +321,7 @@ def test_outages(policy: str, segment: Segment, other: Segment, server: servers.
     )
     assert spend(here, "1") and spend(there, "1")
     connection = here._leases.connection  # type: ignore[union-attr]
-    wait_until("both hosts are known", lambda: connection.hosts() == 2)
+    wait_until("both hosts are known", lambda: host_count(segment) == host_count(other) == 2)
     server.kill()
     wanted = {"deny": 0, "local": 4, "allow": 20}[policy]  # a host's share of 10 is 5
     for budget in (here, there):
