@@ -126,7 +126,7 @@ uint64_t record_count(uint64_t capacity) {
   return aligned(min_u64(max_u64(capacity, 1024), LIMIT_RECORDS), RECORD_BLOCK);
 }
 
-/* The rows of process indexes: blocks of 64 are whole pages in each of the four arrays. */
+/* The rows of process indexes: blocks of 64 are whole pages in each of the arrays. */
 #define ROWS 5
 typedef struct {
   uint64_t offset, bytes; /* of the array; of one row */

@@ -14,7 +14,7 @@
 /* ns before `now` at which the epoch lies. After `now`, a bucket has 2^56 ns, and a window its `per` and its debt. */
 #define STORED_BEFORE (UINT64_C(1) << 55)
 
-/* Permits and leases are of the living. Money: durable/ledger.py. */
+/* Permits and leases are of the living. Money: durable/books.py. */
 static bool stored_kind(uint32_t kind) { return kind <= FSHM_SLIDING || kind == FSHM_CALENDAR; }
 
 /* from: where a window of a sliding limit begins or ends. Its windows begin at multiples of `per` after the epoch. */

@@ -2,7 +2,7 @@
  *
  * A metric is a pair (component, operation). Its sums are in METRIC_SHARDS shards. A process adds to the shard of
  * its process index, so that workers seldom write the same cache line. There are only relaxed adds: the sums are
- * exact unless a process is killed in the middle of a record, which then is in part lost. DESIGN.md, "Metrics".
+ * exact unless a process is killed in the middle of a record, which then is in part lost. DESIGN.md, "Histograms".
  */
 #include "histogram.h"
 #include "../core/internal.h"

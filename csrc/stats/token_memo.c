@@ -3,7 +3,7 @@
  * A text is identified by a 128-bit hash under the segment's secret, so a text that passes for another one cannot be
  * prepared. 104 bits of the hash are in the entry, and the rest chooses the line (two texts of one line that agree
  * in 104 bits: never, at 2^52 texts). An entry has 16 bytes and is swapped whole: it is there or not, never torn.
- * Argued in DESIGN.md, "The memo".
+ * Argued in DESIGN.md, "Token memo".
  */
 #include "../core/internal.h"
 

@@ -32,7 +32,7 @@ class Fault:
     symptom: str  # in what the harness says
 
 
-# In limits.c, of publish(): the swap that names the rules.
+# In limit_changes.c, of publish(): the swap that names the rules.
 SWAP_OF_LIMITS = "    bool ok = pair_cas(&e->current, &seen, next);\n"
 RAISE_MOST = "raise_most(e, (uint32_t)max_u64(permits_in(present, has), permits_in(rules, count)))"
 MOST_AFTER_SWAP = (
