@@ -191,6 +191,7 @@ def spending(segment: Segment) -> list[Spending]:
     names = {
         index: (raw.decode("utf-8", "replace"), from_raw(info.limits[0], segment))
         for index, raw, info in limiters_in(segment)
+        if info.limits_count and info.limits[0].kind == lib.FSHM_MONEY  # of a plan: no limits
     }
     reserved = found[found["which"] == lib.FSHM_BUDGET_RESERVED]
     out = []
