@@ -110,6 +110,12 @@ def group_name(gid: int) -> str:
         return f"gid {gid}"
 
 
+def _rm(path: str) -> str:
+    """The command that removes this segment, and not the one that a terminal uses by default."""
+    name = os.path.basename(path).split(".", 2)[2:]
+    return f"`fast-shm rm --name {name[0]}`" if name else "`fast-shm rm`"
+
+
 def _why_not_permitted(
     error: Any, path: str, directory: str, system: str, group: int | None
 ) -> str:
@@ -128,21 +134,22 @@ def _why_not_permitted(
         )
     return (
         f"permission denied{system}: it belongs to uid {found.st_uid}, gid {found.st_gid}, with "
-        f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; " + _how_to_share(found, group)
+        f"mode {found.st_mode & 0o7777:04o}, and you are uid {uid}; "
+        + _how_to_share(found, group, _rm(path))
     )
 
 
-def _how_to_share(found: os.stat_result, group: int | None) -> str:
+def _how_to_share(found: os.stat_result, group: int | None, rm: str) -> str:
     if group is None:
         return (
             "run as the user that made it; or put both users into a group, stop all workers, "
-            "`fast-shm rm` as the user that made it, and start them with "
+            f"{rm} as the user that made it, and start them with "
             "FAST_LITELLM_SHM_GROUP=<that group>"
         )
     if found.st_gid != group or found.st_mode & 0o060 != 0o060:
         return (
             f"it was made without FAST_LITELLM_SHM_GROUP ({group_name(group)}): stop its workers, "
-            f"`fast-shm rm` as uid {found.st_uid}, and start all with that variable"
+            f"{rm} as uid {found.st_uid}, and start all with that variable"
         )
     return (
         f"this process is no member of {group_name(group)}: add its user to the group (usermod "
@@ -204,7 +211,7 @@ def raise_segment_error(error: Any, doing: str, group: int | None = None) -> NoR
     system = f" ({os.strerror(error.sys_errno)})" if error.sys_errno else ""
     found, wanted = error.found, error.wanted
     whose = group_name(wanted) if error.code == lib.FSHM_E_GROUP else ""
-    remove = "remove it with `fast-shm rm` once no worker uses it"
+    remove = f"remove it with {_rm(path)} once no worker uses it"
     cases: dict[int, tuple[type[exceptions.SegmentError], str]] = {
         lib.FSHM_E_NOT_FOUND: (
             exceptions.SegmentNotFoundError,

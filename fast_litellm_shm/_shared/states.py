@@ -152,20 +152,20 @@ def failure(status: int, shown: str, segment: Segment) -> exceptions.FastShmErro
     if status == lib.FSHM_E_DAMAGED:
         known = segment.damaged or (
             "its limits could not be read; if it happens again, stop the workers and remove "
-            "the segment with `fast-shm rm`"
+            f"the segment with `fast-shm rm --name {segment.name}`"
         )
         return exceptions.SegmentDamagedError(f"{where} cannot be used: {known}")
     if status == lib.FSHM_E_RECORDS:
         return exceptions.SegmentFullError(
             f"{where}: the plans of this segment have had too many different token buckets, or no "
             "memory is free for another one; give plans FixedWindow or SlidingWindow limits, of "
-            "which there may be any number, or remove the segment with `fast-shm rm` once no "
-            "worker uses it"
+            f"which there may be any number, or remove the segment with `fast-shm rm --name {segment.name}` once no worker "
+            "uses it"
         )
     if status == lib.FSHM_E_ARGUMENT:
         return exceptions.SegmentError(
-            f"{where}: this name is in use for limits that cannot be changed to these (calls in "
-            "flight alone, money, plans of keys, or none of these); give all workers the same "
-            "limits, or another name"
+            f"{where}: it exists, with another kind of limits. A name keeps its kind (rates, "
+            "plans of keys, a budget, or calls in flight alone): give all workers the same "
+            "arguments, or give this limiter another name"
         )
     return exceptions.SegmentError(f"{where}: unexpected error {status}")

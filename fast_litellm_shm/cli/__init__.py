@@ -57,5 +57,6 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.EXIT_OK
     except OSError as error:
         _silence_stdout()  # a full disk behind stdout would be reported once more at exit
-        print(f"fast-shm: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename!r}: " if error.filename else ""
+        print(f"fast-shm: {where}{error.strerror or error}", file=sys.stderr)
         return arguments.EXIT_FAILED

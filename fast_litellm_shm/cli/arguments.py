@@ -37,7 +37,8 @@ examples:
   fast-shm completion bash               complete this command with the Tab key
 
 Without --name, a verb uses the segment that workers use by default: FAST_LITELLM_SHM_NAME, else
-one for each user id. `fast-shm VERB --help` explains a verb."""
+one for the group FAST_LITELLM_SHM_GROUP, else one for each user id. `fast-shm VERB --help`
+explains a verb."""
 
 _INSPECT = """\
 examples:
@@ -96,7 +97,7 @@ examples:
   fast-shm reset $'two\\nlines'           a key as inspect shows it (bash)
 
 Limits stay as they are: only what was consumed is forgotten. Permits stay, too: see `fast-shm
-release`. For limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as
+release`. What calls have reserved of a budget stays for a KEY; without a KEY it is forgotten. For limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as
 it is set for the workers."""
 
 _SET = """\
@@ -191,6 +192,7 @@ _HINTS = {
     "fast-shm tokens": "options come before all files or after them",
     "fast-shm cache": "options come right behind build or rm, then encodings",
     "fast-shm completion": "give the shell alone: bash, zsh or fish",
+    "fast-shm reset": "give one KEY; name its limiter by --limiter, the segment by --name",
 }
 
 
@@ -233,7 +235,8 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments"):
             message += f" ({_HINTS.get(self.prog, 'a segment is named by --name')})"
         self.print_usage(sys.stderr)
-        self.exit(EXIT_USAGE, f"fast-shm: {message}; see `{self.prog} --help`\n")
+        end = "\n" if "\n" in message else "; "  # a message that points at a place has lines
+        self.exit(EXIT_USAGE, f"fast-shm: {message}{end}see `{self.prog} --help`\n")
 
 
 def _number(kind: type[int | float], least: float, most: float, what: str) -> Callable[[str], Any]:
@@ -510,6 +513,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             settings.tokenizer_download()
             return args
         settings.allow_other_owner()
+        settings.segment_group()
+        if args.verb in ("state", "save", "reset"):
+            from fast_litellm_shm.durable.settings import default
+
+            default()
         if args.verb != "ls":
             if args.name is None:
                 args.name = settings.segment_name()

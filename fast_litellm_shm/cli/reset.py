@@ -77,7 +77,7 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
 def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
     return exceptions.SegmentError(
         f"cannot reset limiter {limiter.name!r} (error {status}): its limits are damaged; stop the "
-        "workers and remove the segment with `fast-shm rm`"
+        f"workers and remove the segment with `fast-shm rm --name {limiter.segment.name}`"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -153,24 +154,54 @@ def _export(path: str, args: argparse.Namespace) -> int:
     if args.file in (None, "-"):
         print(text)
         return 0
-    partial = f"{args.file}.{os.getpid()}.tmp"
-    # For its owner alone: it has the names of keys, and the secret of their hashes.
-    made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(made, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, args.file)
+    try:
+        _write(args.file, text + "\n")
+    except OSError as error:
+        raise exceptions.StateFileError(
+            f"cannot write {args.file!r}: {error.strerror}; an existing file was not changed"
+        ) from error
     return 0
+
+
+def _write(path: str, text: str) -> None:
+    """Replace the file in one step. For its owner alone, as what is left of it where that fails
+    would be: it has the names of keys, and the secret of their hashes."""
+    partial = f"{path}.{os.getpid()}.tmp"
+    made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(made, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+def _read(path: str) -> str:
+    if path == "-":
+        return sys.stdin.read()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise exceptions.StateFileError(
+            f"cannot read {path!r}: {error.strerror}; give a file that `fast-shm state export` "
+            "wrote"
+        ) from error
 
 
 def _import(path: str, args: argparse.Namespace) -> int:
     try:
-        if args.file == "-":
-            exported = json.load(sys.stdin)
-        else:
-            with open(args.file, encoding="utf-8") as file:
-                exported = json.load(file)
+        exported = json.loads(_read(args.file))
+    except ValueError as error:
+        raise exceptions.StateFileError(
+            f"{args.file!r} was not imported: it is no JSON ({error}); give a file that "
+            "`fast-shm state export` wrote"
+        ) from error
+    try:
         count = records.restore(path, exported, settings.default().timeout)
     except ValueError as error:
         raise exceptions.StateFileError(f"{args.file!r} was not imported: {error}") from error

@@ -258,7 +258,9 @@ def _warn_of_leases(limiter: SharedLimits) -> None:
         log.warning(
             "limiter %r in segment %r: a process has made it with durable= or cluster=, and this "
             "one without: each counts apart, so twice the limit can pass. Give all workers the "
-            "same arguments; if none has them any more, remove the segment with `fast-shm rm`",
+            "same arguments; if none has them any more, remove the segment with "
+            "`fast-shm rm --name %s`",
             name,
+            segment.name,
             segment.name,
         )

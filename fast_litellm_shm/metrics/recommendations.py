@@ -265,7 +265,8 @@ def get_recommendations() -> list[dict[str, Any]]:
                 "segment",
                 HIGH,
                 f"The segment's contents do not add up: {error}.",
-                "Stop the workers, remove it with `fast-shm rm`, and find out what overwrote it.",
+                f"Stop the workers, remove it with `fast-shm rm --name {segment.name}`, and find "
+                "out what overwrote it.",
             )
         )
     out += _features()

@@ -76,6 +76,23 @@ def test_usage(fast_shm: Command, arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("verb", ["inspect", "rm", "save", "export", "ls"])
+def test_a_group_that_is_none(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_GROUP", "no-such-group")
+    assert main([verb] if verb == "ls" else [verb, "--name", "shop"]) == 2
+    assert "FAST_LITELLM_SHM_GROUP: this host has no group" in capsys.readouterr().err
+
+
+def test_what_to_do_is_said_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Behind a message that points at a place."""
+    assert main(["set", "chat", "user", "5/minit"]) == 2
+    assert capsys.readouterr().err.endswith("^\nsee `fast-shm set --help`\n")
+    assert main(["reset", "chat", "user"]) == 2
+    assert "name its limiter by --limiter" in capsys.readouterr().err
+
+
 def test_usage_is_that_of_the_verb(fast_shm: Command) -> None:
     """Errors that argparse cannot find show the options of the verb, too."""
     for arguments in (["reset"], ["release", "--dead", "--force"], ["rm", "--name", "a/b"]):

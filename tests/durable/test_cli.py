@@ -166,6 +166,44 @@ def test_what_is_no_export_changes_nothing(
     assert host.rows() == before
 
 
+def test_an_export_that_cannot_be_written(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It leaves nothing beside the target: that would have the secret of the names."""
+    spend(host.limiter(FixedWindow(100, per=DAY)), "k", 7)
+    (tmp_path / "folder").mkdir()
+    for target, why in (("folder", "Is a directory"), ("none/x.json", "No such file")):
+        path = str(tmp_path / target)
+        status, out, err = _run(capsys, "state", "export", path, "--name", host.name)
+        assert (status, out) == (1, "")
+        assert err.startswith(f"fast-shm: cannot write {path!r}: {why}")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_import_that_cannot_be_read(
+    host: Host, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    spend(host.limiter(FixedWindow(100, per=DAY)), "k", 7)
+    for target, why in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file")):
+        status, _, err = _run(capsys, "state", "import", str(target), "--name", host.name)
+        assert status == 1 and err.startswith(f"fast-shm: cannot read {str(target)!r}: {why}")
+    (tmp_path / "text").write_bytes(b"\xff no JSON")
+    status, _, err = _run(capsys, "state", "import", str(tmp_path / "text"), "--name", host.name)
+    assert status == 1 and "it is no JSON" in err and "`fast-shm state export` wrote" in err
+
+
+@pytest.mark.parametrize("verb", [["save"], ["state", "show"], ["reset", "k"]])
+def test_a_folder_that_is_none(
+    host: Host,
+    verb: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_STATE", "relative")
+    status, _, err = _run(capsys, *verb, "--name", host.name)
+    assert status == 2 and "FAST_LITELLM_SHM_STATE" in err
+
+
 @pytest.mark.parametrize("verb", [["save"], ["state", "show"], ["state", "export"]])
 def test_without_a_file(host: Host, verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = _run(capsys, *verb, "--name", host.name)

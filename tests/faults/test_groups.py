@@ -137,7 +137,7 @@ def test_one_that_was_made_without_it(segment_name: str) -> None:
     world.in_child(_as, ANN, _without_the_variable, segment_name)
     said = world.in_child(_as, BOB, _named, segment_name)
     assert f"made without FAST_LITELLM_SHM_GROUP (gid {GROUP}): stop its workers" in said
-    assert f"`fast-shm rm` as uid {ANN}" in said
+    assert f"`fast-shm rm --name {segment_name}` as uid {ANN}" in said
 
 
 def test_its_owner_is_told_too(segment_name: str, caplog: pytest.LogCaptureFixture) -> None:
