@@ -159,8 +159,8 @@ def failure(status: int, shown: str, segment: Segment) -> exceptions.FastShmErro
         return exceptions.SegmentFullError(
             f"{where}: the plans of this segment have had too many different token buckets, or no "
             "memory is free for another one; give plans FixedWindow or SlidingWindow limits, of "
-            f"which there may be any number, or remove the segment with `fast-shm rm --name {segment.name}` once no worker "
-            "uses it"
+            "which there may be any number, or remove the segment with "
+            f"`fast-shm rm --name {segment.name}` once no worker uses it"
         )
     if status == lib.FSHM_E_ARGUMENT:
         return exceptions.SegmentError(

@@ -97,8 +97,9 @@ examples:
   fast-shm reset $'two\\nlines'           a key as inspect shows it (bash)
 
 Limits stay as they are: only what was consumed is forgotten. Permits stay, too: see `fast-shm
-release`. What calls have reserved of a budget stays for a KEY; without a KEY it is forgotten. For limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as
-it is set for the workers."""
+release`. What calls have reserved of a budget stays for a KEY; without a KEY it is forgotten. For
+limits over many hosts the server forgets it, too: set FAST_LITELLM_SHM_CLUSTER as it is set for
+the workers."""
 
 _SET = """\
 examples:
