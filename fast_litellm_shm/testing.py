@@ -32,7 +32,7 @@ _STATE = "FAST_LITELLM_SHM_STATE"
 # What would lead out of the test, or make another segment than the test asks for.
 _UNSET = (
     "FAST_LITELLM_SHM_CLUSTER", "FAST_LITELLM_SHM_CAPACITY", "FAST_LITELLM_SHM_MODE",
-    "FAST_LITELLM_SHM_NAMES", "FAST_LITELLM_SHM_ALLOW_OTHER_OWNER",
+    "FAST_LITELLM_SHM_NAMES", "FAST_LITELLM_SHM_GROUP", "FAST_LITELLM_SHM_ALLOW_OTHER_OWNER",
 )  # fmt: skip
 _FORWARD = 2 * 86_400 * 10**9  # ns: a time of day that is set back by more goes back at once
 

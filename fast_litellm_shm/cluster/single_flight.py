@@ -26,8 +26,8 @@ def beside(limiter: SharedLimits, suffix: str, specs: Sequence[Spec]) -> States:
     name = limiter.name + suffix
     if len(name.encode("utf-8", "surrogatepass")) > lib.FSHM_MAX_LIMITER_NAME:
         raise ValueError(
-            f"name must be at most {MOST_NAME} bytes for limits over many hosts, not "
-            f"{limiter.name!r}"
+            f"name must be at most {MOST_NAME} bytes for durable limits and for limits over many "
+            f"hosts, not {limiter.name!r}"
         )
     return open_beside(limiter.segment, name, specs, limiter.name)
 

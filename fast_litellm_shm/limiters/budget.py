@@ -334,7 +334,8 @@ class Budget(BudgetCore, InSegment):
         return self.usage(key).remaining
 
     def charge(self, key: Key, usd: USD) -> None:
-        """Spend without a reservation, room or not."""
+        """Spend without a reservation, room or not. Of a durable budget: raises StateFileError
+        where the file cannot be used; nothing was changed then. So do refund(), add(), reset()."""
         raw, amount = key_bytes(key), _amount(usd, "charge: usd")
         self._spend(raw, amount)
         if self._leases is None:

@@ -151,7 +151,8 @@ class RateLimiter(SharedLimits):
 
     def reset(self, key: str | bytes | None = None) -> None:
         """Forget what a key has consumed; None: what all keys of this limiter have. Over many hosts
-        it raises ClusterError during an outage; so does block()."""
+        it raises ClusterError during an outage, of a durable limiter StateFileError where the file
+        cannot be used; so does block()."""
         self._grantor.reset(self, None if key is None else key_bytes(key))
 
     def block(self, key: str | bytes, seconds: float) -> None:

@@ -64,6 +64,14 @@ def test_a_segment_of_its_own_which_leaves_nothing() -> None:
     assert moved_clock.current is None
 
 
+def test_workers_that_are_set_up_for_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment of a test is its user's alone: with the group it could not be made."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_GROUP", str(os.getgid()))
+    with isolated():
+        assert RateLimiter("1 per hour", name="x").acquire("k")
+    assert os.environ["FAST_LITELLM_SHM_GROUP"] == str(os.getgid())
+
+
 def test_one_in_another() -> None:
     with isolated(frozen=True) as outer:
         first = RateLimiter("1 per hour", name="x")
