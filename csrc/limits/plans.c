@@ -293,8 +293,7 @@ COLD int fshm_plan_at(fshm_segment *s, uint64_t slot, uint64_t now, fshm_plan_in
     return out->count ? FSHM_OK : 0;
   }
   const uint64_t ends = state_ends(s, pair.who, pair.when);
-  out->left_ns = minus(ends, now);
-  if (!out->left_ns) return 0;
+  out->left_ns = minus(ends, now); /* 0: all is back, and the key is still known */
   if (IS_PLANNED(pair.when)) {
     rule_t rule;
     uint64_t slack;
@@ -315,5 +314,6 @@ COLD int fshm_plan_at(fshm_segment *s, uint64_t slot, uint64_t now, fshm_plan_in
     const unsigned bits = (((unsigned)(pair.when >> 57) & 31) + 10) - 12;
     out->used = bits < 42 ? pair.when & ((UINT64_C(1) << bits) - 1) : 0;
   }
+  if (!out->left_ns) out->used = 0;
   return FSHM_OK;
 }

@@ -337,10 +337,18 @@ class Inspection:
             entry["pids"].add(row.pid)
             entry["oldest_seconds"] = max(entry["oldest_seconds"], row.age_seconds)
         learned = {(row["limiter"], row["key"]): row["limit"] for row in self.learned}
+        adaptive = {
+            info["name"].removesuffix(side_limiters.LEARNED)
+            for index, info in self._limiters.items()
+            if index in self._beside and info["name"].endswith(side_limiters.LEARNED)
+        }
         for entry in found.values():
             entry["pids"] = sorted(entry["pids"])
             own = learned.get((entry["limiter"], entry["key"]))
-            entry["max_in_flight"] = entry["max_in_flight"] if own is None else own
+            if own is not None:
+                entry["max_in_flight"] = own
+            elif entry["limiter"] in adaptive and entry["key"].startswith("#"):
+                entry["max_in_flight"] = None  # the segment keeps no names: not known which it is
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
     @functools.cached_property

@@ -72,6 +72,8 @@ class SharedLimits(Core, InSegment):
             raise RuntimeError(f"limiter {self._shown!r} is open already: make another object")
         self._name, self._on_full = name, on_full
         self._segment = Segment.default() if segment is None else segment
+        if not keep and self._takes_over(found, self._kinds_of(encoded)):
+            self._failed(lib.FSHM_E_ARGUMENT)
         out = ffi.new("fshm_limiter **")
         status = lib.FSHM_E_NOT_FOUND
         if keep:
@@ -94,6 +96,25 @@ class SharedLimits(Core, InSegment):
             self._number([limit.n for limit in numbered])
         self._limits_changed()
         self._measure(*performance.measured_by(self._component, "acquire", self._segment))
+
+    def _kinds_of(self, encoded: bytes) -> list[int]:
+        """Of the limits that the name has now; [] if it is new, or has those of plans."""
+        out = ffi.new("fshm_limiter **")
+        if lib.fshm_limiter_find(self._segment._handle, encoded, len(encoded), out) != lib.FSHM_OK:
+            return []
+        handle = owned(out[0], lib.fshm_limiter_close, self._segment._handle)
+        raw, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
+        return [raw[i].kind for i in range(lib.fshm_limiter_limits(handle, raw, version))]
+
+    @staticmethod
+    def _takes_over(found: tuple[LimitSpec | InFlight, ...], kinds: list[int]) -> bool:
+        """Whether a name with limits of these kinds is another limiter's, whose calls would all
+        fail, or count as calls of this one: rates on one side, calls in flight alone on the other.
+        (The library lets any of them follow each other: a Quota may change all that it has.)"""
+        of_permits = len(found) == 1 and isinstance(found[0], InFlight)
+        if of_permits:
+            return any(kind != lib.FSHM_PERMITS for kind in kinds)
+        return kinds == [lib.FSHM_PERMITS]
 
     def _number(self, numbers: list[int]) -> None:
         status = lib.fshm_limiter_number(self._handle, numbers, len(numbers))
@@ -177,6 +198,16 @@ class InnerLimits(SharedLimits):
     @property
     def on_full(self) -> str:
         return self._on_full
+
+    @staticmethod
+    def _takes_over(found: tuple[LimitSpec | InFlight, ...], kinds: list[int]) -> bool:
+        return False
+
+
+class PermitLimits(InnerLimits):
+    """One limit, of calls in flight."""
+
+    _takes_over = staticmethod(SharedLimits._takes_over)
 
 
 reserve, acquire_many, refused = Core._reserve, Core._acquire_many, Core._refused

@@ -8,7 +8,7 @@ A side limiter has the name of its limiter and one of these suffixes: ``api (wal
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fast_litellm_shm._shared.native import ffi, lib
 
@@ -30,12 +30,20 @@ LONGEST = max(map(len, (TOKEN_LEASES, *_HIDDEN)))  # bytes
 
 
 def has_leases(segment: Segment, limiter: bytes, suffix: str = TOKEN_LEASES) -> bool:
-    """Whether the segment has a limiter of that name, with leases."""
+    """Whether the segment has a limiter of that name, with leases. (A limiter of a user's may have
+    such a name, and has none.)"""
     out, name = ffi.new("fshm_limiter **"), limiter + suffix.encode()
+    info = ffi.new("fshm_limiter_info *")
     if lib.fshm_limiter_find(segment._handle, name, len(name), out) != lib.FSHM_OK:
         return False
+    found = lib.fshm_limiter_describe(out[0], info)
     lib.fshm_limiter_close(out[0])
-    return True
+    return bool(found == lib.FSHM_OK and are_leases(info))
+
+
+def are_leases(info: Any) -> bool:
+    """Of a ``fshm_limiter_info``: whether its limits are leases."""
+    return bool(info.limits_count and info.limits[0].kind == lib.FSHM_LEASE)
 
 
 def is_planned(segment: Segment, limiter: bytes) -> bool:

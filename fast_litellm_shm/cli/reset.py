@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from fast_litellm_shm._shared.inspection import Inspection
 from fast_litellm_shm._shared.named_limiter import SharedLimits
 from fast_litellm_shm._shared.native import ffi, lib, owned
 from fast_litellm_shm._shared.segment import Segment
-from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, is_side_limiter
+from fast_litellm_shm._shared.side_limiters import TOKEN_LEASES, are_leases, is_side_limiter
 from fast_litellm_shm.cli import render, segments
 from fast_litellm_shm.limits import Money, dollars, from_raw
 
@@ -58,7 +59,8 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
     # would take the next requests of this host for old ones, and would grant it no permit for
     # seconds.
     names = {_name(info) for info in infos}
-    leases = {name + TOKEN_LEASES for name in names}
+    leased = {_name(info) for info in infos if are_leases(info)}
+    leases = {name + TOKEN_LEASES for name in names} & leased
     found = {
         name: info
         for info in infos
@@ -67,7 +69,7 @@ def _limiters(segment: Segment, wanted: str | None) -> list[_Limiter]:
     if wanted is not None and wanted not in found:
         raise segments.no_such_limiter(wanted, segment, list(found))
     opened = [
-        _open_limiter(segment, info, name + TOKEN_LEASES in names)
+        _open_limiter(segment, info, name + TOKEN_LEASES in leased)
         for name, info in found.items()
         if wanted in (None, name)
     ]
@@ -84,9 +86,8 @@ def _failed(status: int, limiter: _Limiter) -> exceptions.SegmentError:
 def _has_consumed(limiter: _Limiter, key: bytes) -> bool:
     if limiter.name in key_grammar.NAMES:
         return _has_counted(limiter, key)
-    if limiter.planned:  # by no limit that is known here: what is counted of it
-        rows = Inspection(limiter.segment).keys(limiter=limiter.name)
-        return any(row.raw == key for row in rows)
+    if limiter.planned:  # which limits it had, only its programs know
+        return True
     limits, version = ffi.new("fshm_limit[]", lib.FSHM_MAX_LIMITS), ffi.new("uint64_t *")
     remaining = ffi.new("uint64_t[]", lib.FSHM_MAX_LIMITS)
     lib.fshm_limiter_limits(limiter.handle, limits, version)
@@ -126,7 +127,7 @@ def _holds_only(limiter: _Limiter) -> bool:
     return bool(count == 1 and limits[0].kind == lib.FSHM_PERMITS)
 
 
-def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
+def _token_leases(segment: Segment, of: _Limiter) -> TokenLeases:
     """What resets keys of a limiter over many hosts, on this host and at the server that the
     environment names, as for the workers; or of a durable one, here and in the state file. Raises
     FastShmError."""
@@ -135,7 +136,14 @@ def _token_leases(segment: Segment, limiter: str) -> TokenLeases:
     from fast_litellm_shm.durable import grantor, records
     from fast_litellm_shm.durable.settings import default
 
+    limiter = of.name
     where = f"limiter {limiter!r} in segment {segment.name!r}"
+    if of.planned:
+        raise exceptions.SegmentError(
+            f"{where} was not reset: its keys have plans, which its programs alone know, and a "
+            "state file or a server keeps what they have consumed; call reset() of the limiter in "
+            "one of those programs"
+        )
     try:
         server, file = settings.found(None), default()
         if server is not None or records.has(file.of(segment).path, limiter):
@@ -179,7 +187,7 @@ def _budget(segment: Segment, limiter: _Limiter) -> Budget | None:
 def _reset_key(segment: Segment, limiter: _Limiter, key: bytes) -> bool:
     """Returns whether the key had consumed anything."""
     if limiter.over_hosts:
-        return _token_leases(segment, limiter.name).reset(key)
+        return _token_leases(segment, limiter).reset(key)
     consumed = _has_consumed(limiter, key)
     budget = _budget(segment, limiter)
     if budget is not None:
@@ -200,40 +208,47 @@ def reset_key(name: str, allow_other_owner: bool, limiter: str, key: bytes) -> b
     return any([_reset_key(segment, found, key) for found in _limiters(segment, limiter)])
 
 
+def _reset_all(segment: Segment, limiter: _Limiter, known: int) -> None:
+    name = render.escaped(limiter.name)
+    if _holds_only(limiter):
+        print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
+        return
+    budget = _budget(segment, limiter)
+    if limiter.over_hosts:
+        known = _token_leases(segment, limiter).reset_all()
+    elif budget is not None:
+        budget.reset()
+    else:
+        status = lib.fshm_reset_all(limiter.handle)
+        if status != lib.FSHM_OK:
+            raise _failed(status, limiter)
+    print(f"Reset limiter '{name}': all keys ({known:,} known).")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Forget what was consumed, and print what was forgotten."""
+    """Forget what was consumed, and print what was forgotten. A limiter that cannot be reset keeps
+    no other one from it."""
     segment = segments.open_for_writing(args.name, args.allow_other_owner)
     limiters = _limiters(segment, args.limiter)
     if not limiters:
         print(f"Nothing to reset: segment {segment.name!r} has no limiter.")
-    if args.key is None:
+    key = None if args.key is None else os.fsencode(args.key)
+    keys = {}
+    if key is None:
         keys = {limiter["name"]: limiter["keys"] for limiter in Inspection(segment).limiters()}
-        for limiter in limiters:
-            if _holds_only(limiter):
-                name = render.escaped(limiter.name)
-                print(f"Left limiter '{name}' alone: it counts permits (see fast-shm release).")
-                continue
-            budget = _budget(segment, limiter)
-            if limiter.over_hosts:
-                count = _token_leases(segment, limiter.name).reset_all()
-            elif budget is not None:
-                budget.reset()
-                count = keys.get(limiter.name, 0)
-            else:
-                status = lib.fshm_reset_all(limiter.handle)
-                if status != lib.FSHM_OK:
-                    raise _failed(status, limiter)
-                count = keys.get(limiter.name, 0)
-            print(f"Reset limiter '{render.escaped(limiter.name)}': all keys ({count:,} known).")
-        return 0
-    key = os.fsencode(args.key)
-    was_reset = False
+    was_reset = failed = False
     for limiter in limiters:
-        if _reset_key(segment, limiter, key):
-            was_reset = True
-            shown = render.escaped(limiter.name)
-            print(f"Reset key '{render.escaped(key)}' of limiter '{shown}'.", flush=True)
-    if limiters and not was_reset:
+        try:
+            if key is None:
+                _reset_all(segment, limiter, keys.get(limiter.name, 0))
+            elif _reset_key(segment, limiter, key):
+                was_reset = True
+                shown = render.escaped(limiter.name)
+                print(f"Reset key '{render.escaped(key)}' of limiter '{shown}'.", flush=True)
+        except exceptions.FastShmError as error:
+            failed = True
+            print(f"fast-shm: {error}", file=sys.stderr)
+    if key is not None and limiters and not was_reset and not failed:
         where = f"limiter '{render.escaped(args.limiter)}'" if args.limiter else "any limiter"
         print(f"Nothing to reset: key '{render.escaped(key)}' has consumed nothing in {where}.")
-    return 0
+    return 1 if failed else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from fast_litellm_shm import exceptions
 from fast_litellm_shm.cli import render, segments
@@ -25,6 +26,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"Gave back {render.counted(tokens, 'token')} of {render.counted(keys, 'key')}.")
     if of_budgets:
         print(f"Gave back {dollars(nanos)} dollars of {render.counted(of_budgets, 'key')}.")
-    if not keys and not of_budgets:
+    for limiter, left in found.not_saved.items():
+        print(
+            f"fast-shm: {render.counted(left, 'key')} of limiter '{render.escaped(limiter)}' stay "
+            "leased: this command does not know its limits (its keys have plans, or the name has "
+            "another kind of limits). A worker that ends cleanly gives back what it knows; the "
+            "rest counts as used after a reboot",
+            file=sys.stderr,
+        )
+    if not keys and not of_budgets and not found.not_saved:
         print("Nothing to give back: the state file has it all.")
-    return 0
+    return 1 if found.not_saved else 0

@@ -17,16 +17,24 @@ class _Named:
     """A limiter of the segment, by its name alone."""
 
     def __init__(self, segment: Segment, name: str) -> None:
-        known = {raw: bool(info.planned) for _, raw, info in limiters_in(segment)}
+        known = {
+            raw: (bool(info.planned), bool(info.limits_count) and info.limits[0].kind)
+            for _, raw, info in limiters_in(segment)
+        }
         raw = name.encode("utf-8", "surrogatepass")
         if raw not in known:
             names = [each.decode("utf-8", "replace") for each in known]
             raise segments.no_such_limiter(name, segment, names)
-        if not known[raw]:
+        planned, kind = known[raw]
+        if not planned:
             raise exceptions.SegmentError(
                 f"limiter {name!r} in segment {segment.name!r}: all its keys have the same limits; "
-                "to set those of one key, make the limiter with plans= or plan_of= (plans={} if "
-                "there are none)"
+                + (
+                    "it is a budget, which add(key, usd) raises for one key"
+                    if kind == lib.FSHM_MONEY
+                    else "only the keys of a RateLimiter can have limits of their own: make it "
+                    "with plans= or plan_of= (plans={} if there are none)"
+                )
             )
         out = ffi.new("fshm_limiter **")
         status = lib.fshm_limiter_find(segment._handle, raw, len(raw), out)

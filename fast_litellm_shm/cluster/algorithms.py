@@ -7,10 +7,11 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fast_litellm_shm import exceptions
 from fast_litellm_shm._shared import zones
 from fast_litellm_shm._shared.native import ffi, lib
 from fast_litellm_shm.cluster import names
-from fast_litellm_shm.limits import FixedWindow, LimitSpec, SlidingWindow, TokenBucket
+from fast_litellm_shm.limits import FixedWindow, InFlight, LimitSpec, SlidingWindow, TokenBucket
 
 SOURCE = names.source("algorithms.lua")
 
@@ -72,6 +73,11 @@ def unbounded_rule(limit: LimitSpec) -> Rule:
     slowly by as much: ``n`` in any ``per``, spent late or not. Windows need no lease: what was
     granted in one is over with it.
     """
+    if isinstance(limit, InFlight):  # which another process has given the limiter's name
+        raise exceptions.SegmentError(
+            f"{limit!r} is a limit of calls in flight, which is not kept with rates: another "
+            "process gave the name of this limiter to a Quota; give that another name"
+        )
     per = limit._per_ns
     if isinstance(limit, FixedWindow) and limit.timezone is not None:
         return Rule(CALENDAR, limit.n, per // 1000, 0, 0, 0, 0, limit)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from fast_litellm_shm._shared.named_limiter import InnerLimits, SharedLimits
+from fast_litellm_shm._shared.named_limiter import InnerLimits, PermitLimits, SharedLimits
 from fast_litellm_shm._shared.native import Decision, Permit, Reservation
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.cluster import connection, leader, questions
@@ -54,7 +54,7 @@ class Server(Grantor):
         return ServerRates(token_leases(limiter, self._cluster))
 
     def permits(self, limit: InFlight, **given: Any) -> Permits:
-        return ServerPermits(self._permit_leases(InnerLimits((limit,), **given)))
+        return ServerPermits(self._permit_leases(PermitLimits((limit,), **given)))
 
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         if not settles:

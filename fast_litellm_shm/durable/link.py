@@ -52,6 +52,7 @@ class FileLink(Link):
         self._asked_lock = threading.Lock()
         self.has_answered = False
         self._limiters: dict[bytes, TokenLeases] = {}  # of any process
+        self.not_saved: dict[bytes, int] = {}  # keys that save() could not give back
         self._junk: set[bytes] = set()  # limiters whose junk was logged
 
     def rule(self, limit: LimitSpec) -> algorithms.Rule:
@@ -227,12 +228,13 @@ class FileLink(Link):
         from fast_litellm_shm.durable import books
 
         tokens = keys = 0
+        self.not_saved.clear()
         self.check()
         leased = self._guarded(self._leased)
         for at in range(0, len(leased), _MOST):
             asked = []
             for limiter, name, sealed in leased[at : at + _MOST]:
-                leases = self._leases_of(limiter)
+                leases = self._leases_to_save(limiter)
                 raw = name if sealed is None or self.seal is None else self.seal.unseal(sealed)
                 if leases is None or raw is None:  # of an earlier segment
                     continue
@@ -242,6 +244,19 @@ class FileLink(Link):
             if asked:
                 self.call(asked)
         return tokens, keys, *books.save(self)
+
+    def _leases_to_save(self, limiter: bytes) -> TokenLeases | None:
+        """One that cannot be used keeps no other one from being saved."""
+        try:
+            found = self._leases_of(limiter)
+        except exceptions.FastShmError as error:
+            name, found = limiter.decode("utf-8", "backslashreplace"), None
+            log.warning("%s: limiter %r was not saved: %s", self.terms.shown, name, error)
+        if found is None and (
+            is_planned(self.segment, limiter) or has_leases(self.segment, limiter)
+        ):
+            self.not_saved[limiter] = self.not_saved.get(limiter, 0) + 1
+        return found
 
     def _leased(self) -> list[tuple[bytes, bytes | None, bytes | None]]:
         with self.store.transaction(write=False) as t:

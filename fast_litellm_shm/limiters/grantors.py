@@ -16,6 +16,7 @@ from fast_litellm_shm._shared import log
 from fast_litellm_shm._shared.moved_clock import monotonic_ns
 from fast_litellm_shm._shared.named_limiter import (
     InnerLimits,
+    PermitLimits,
     SharedLimits,
     acquire_many,
     key_bytes,
@@ -225,7 +226,7 @@ class Grantor:
 
     def permits(self, limit: InFlight, **given: Any) -> Permits:
         """given: as SharedLimits takes it."""
-        return Permits(InnerLimits((limit,), **given))
+        return Permits(PermitLimits((limit,), **given))
 
     def quota(self, limits: Limits, *, settles: bool = True, **given: Any) -> Quotas:
         """settles: True: of_limit() is never called. False: settle() and left() are never

@@ -22,6 +22,7 @@ from fast_litellm_shm import (
     get_recommendations,
     health_check,
 )
+from fast_litellm_shm.testing import isolated
 
 from .conftest import Command
 
@@ -99,3 +100,54 @@ def test_beside_a_budget(fast_shm: Command, kind: str) -> None:
     assert health_check()["status"] == "ok"
     for each in held:
         _end(each)
+
+
+def test_a_key_that_a_long_limit_denies_is_shown(fast_shm: Command) -> None:
+    """Its statistics lie with the first limit, which has forgotten the key long before."""
+    with isolated(frozen=True) as shm:
+        plans = {"pro": ("600/minute", "1 per day")}
+        limiter = RateLimiter(name="asked", plans=plans, plan_of=lambda _: "pro")
+        assert limiter.acquire("ann") and not limiter.acquire("ann")
+        shm.clock.advance(60)
+        rows = json.loads(fast_shm("inspect", "--json").stdout)["keys"]
+        (row,) = [each for each in rows if each["limiter"] == "asked"]
+        assert (row["key"], row["denied"]) == ("ann", 1)
+
+
+@pytest.mark.parametrize("names", ["plain", "hashed", "off"])
+@pytest.mark.parametrize("key", ["ann", "x" * 300])
+def test_a_key_with_a_plan_is_reset(
+    fast_shm: Command, monkeypatch: pytest.MonkeyPatch, names: str, key: str
+) -> None:
+    monkeypatch.setenv("FAST_LITELLM_SHM_NAMES", names)
+    limiter = RateLimiter(name="asked", plan_of=lambda _: "5 per hour window")
+    assert limiter.acquire(key)
+    done = fast_shm("reset", "--limiter", "asked", key)
+    assert done.stdout.startswith("Reset key")
+    assert limiter.peek(key).remaining == 5
+
+
+def test_a_name_that_ends_as_that_of_leases_does(fast_shm: Command) -> None:
+    """A limiter of a user's that is called so has none."""
+    limiter = RateLimiter("3/minute", name="other")
+    RateLimiter("3/minute", name="other (wallet)")
+    assert limiter.acquire("a")
+    done = fast_shm("reset", "a")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert limiter.peek("a").remaining == 3
+
+
+def test_limits_of_one_key_of_a_budget(fast_shm: Command) -> None:
+    KINDS["budget"]()
+    done = fast_shm("set", "budget", "k", "5/minute")
+    assert done.returncode == 1 and "add(key, usd)" in done.stderr
+
+
+def test_no_maximum_is_shown_where_it_is_not_known(
+    fast_shm: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit that is learned is found by the key's name."""
+    monkeypatch.setenv("FAST_LITELLM_SHM_NAMES", "hashed")
+    with AdaptiveConcurrency(name="learned", initial=2, max=8).slot("up"):
+        (row,) = json.loads(fast_shm("inspect", "--json").stdout)["permits"]
+    assert (row["in_flight"], row["max_in_flight"]) == (1, None)

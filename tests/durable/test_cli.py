@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.children import PATIENCE
 from support.reboots import Host, leases_of, link_of, spend
 
-from fast_litellm_shm import FixedWindow, Segment, SlidingWindow, TokenBucket
+from fast_litellm_shm import FixedWindow, Quota, Segment, SlidingWindow, TokenBucket
 from fast_litellm_shm.cli import main
 
 DAY = 86_400
@@ -236,3 +239,47 @@ def test_inspect_shows_it(host: Host, capsys: pytest.CaptureFixture[str]) -> Non
     assert found["transactions"] > 1 and found["granted"] >= 30 and found["away"] is None
     _, out, _ = _run(capsys, "inspect", "--name", host.name)
     assert "durable" in out and "transactions" in out
+
+
+def _in_another_process(host: Host, *args: str) -> subprocess.CompletedProcess[str]:
+    """Which knows no plans."""
+    command = [sys.executable, "-m", "fast_litellm_shm.cli", *args, "--name", host.name]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def test_reset_where_the_keys_have_plans(host: Host) -> None:
+    """It says what to do, and the other limiters are reset."""
+    planned = host.limiter(name="planned", plan_of=lambda _: "9 per day")
+    plain = host.limiter(FixedWindow(10, per=DAY), name="plain")
+    assert planned.acquire("k") and plain.acquire("k")
+    done = _in_another_process(host, "reset", "--all")
+    assert done.returncode == 1 and "Reset limiter 'plain'" in done.stdout
+    assert "limiter 'planned'" in done.stderr and "call reset() of the limiter" in done.stderr
+    assert "`fast-shm rm" not in done.stderr
+    assert spend(plain, "k") == 10
+    planned.reset("k")
+    assert spend(planned, "k") == 9
+
+
+def test_save_says_what_it_could_not_save(host: Host) -> None:
+    planned = host.limiter(name="planned", plan_of=lambda _: "9000 per day")
+    plain = host.limiter(FixedWindow(9000, per=DAY), name="plain")
+    assert planned.acquire("k") and plain.acquire("k")
+    done = _in_another_process(host, "save")
+    assert done.returncode == 1 and "of 1 key.\n" in done.stdout
+    assert "1 key of limiter 'planned' stay" in done.stderr
+    assert link_of(planned).save()[1] == 1
+    done = _in_another_process(host, "save")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_one_limiter_that_cannot_be_saved_keeps_no_other_from_it(
+    host: Host,
+) -> None:
+    plain = host.limiter(FixedWindow(9000, per=DAY), name="plain")
+    taken = host.limiter(FixedWindow(9000, per=DAY), name="taken")
+    assert plain.acquire("k") and taken.acquire("k")
+    Quota(5, max_parallel=2, name="taken", segment=host.segment)
+    done = _in_another_process(host, "save")
+    assert done.returncode == 1 and "of 1 key.\n" in done.stdout
+    assert "limiter 'taken' was not saved" in done.stderr and "Traceback" not in done.stderr

@@ -489,7 +489,7 @@ def test_bad_also(segment: Segment, also: Any) -> None:
 
 def test_a_name_counts_money_or_tokens(segment: Segment) -> None:
     budget = make(segment, 10, name="b")
-    with pytest.raises(SegmentError, match="money, plans"):
+    with pytest.raises(SegmentError, match="another kind of limits"):
         RateLimiter(FixedWindow(5), name="b", segment=segment)
     RateLimiter(FixedWindow(5), name="r", segment=segment)
     with pytest.raises(SegmentError, match="counts no money"):
