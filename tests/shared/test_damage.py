@@ -152,7 +152,7 @@ def test_cut_while_open(segment: Segment, size: int) -> None:
 def test_other_kinds_of_limits_are_no_damage(segment: Segment) -> None:
     limiter = RateLimiter(Limit(5), name="t", segment=segment)
     quota = Quota(rpm=5, name="q", segment=segment)
-    ConcurrencyLimiter(2, name="t", segment=segment)
+    Quota(max_parallel=2, name="t", segment=segment)  # a quota may change all that a name has
     with pytest.raises(SegmentError, match="in flight alone"):
         limiter.acquire("k")
     RateLimiter(Limit(5), Limit(6), name="q", segment=segment)
