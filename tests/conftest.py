@@ -3,6 +3,7 @@ user's cache."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import shutil
@@ -23,6 +24,15 @@ from fast_litellm_shm.routing import router as routing
 
 # eventlet imports dnspython, that imports trio where it is installed, and that cannot be patched.
 os.environ["EVENTLET_NO_GREENDNS"] = "yes"
+
+# No test measures time: on a busy machine an example may take longer than hypothesis' 200 ms.
+with contextlib.suppress(ImportError):  # an environment whose tests need no hypothesis
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("untimed")
 
 # A shell without job control starts background jobs with SIGINT ignored, and children inherit that:
 # tests of Ctrl-C would wait for ever.
