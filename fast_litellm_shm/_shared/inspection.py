@@ -337,11 +337,7 @@ class Inspection:
             entry["pids"].add(row.pid)
             entry["oldest_seconds"] = max(entry["oldest_seconds"], row.age_seconds)
         learned = {(row["limiter"], row["key"]): row["limit"] for row in self.learned}
-        adaptive = {
-            info["name"].removesuffix(side_limiters.LEARNED)
-            for index, info in self._limiters.items()
-            if index in self._beside and info["name"].endswith(side_limiters.LEARNED)
-        }
+        adaptive = set(self._adaptive.values())
         for entry in found.values():
             entry["pids"] = sorted(entry["pids"])
             own = learned.get((entry["limiter"], entry["key"]))
@@ -352,17 +348,22 @@ class Inspection:
         return sorted(found.values(), key=lambda entry: -entry["in_flight"])
 
     @functools.cached_property
+    def _adaptive(self) -> dict[int, str]:
+        """The limiters whose limits are learned, by the index of the limiter that has those."""
+        return {
+            index: info["name"].removesuffix(side_limiters.LEARNED)
+            for index, info in self._limiters.items()
+            if index in self._beside and info["name"].endswith(side_limiters.LEARNED)
+        }
+
+    @functools.cached_property
     def learned(self) -> list[dict[str, Any]]:
         """The limits that AdaptiveConcurrency has learned, the largest first: limiter, key, limit,
         phase, since_seconds, best, rounds, blocked_seconds, base_latency, latency, exact."""
         from fast_litellm_shm.limiters.adaptive import learned_from
 
         found, out = [], ffi.new("fshm_learned *")
-        names = {
-            index: info["name"].removesuffix(side_limiters.LEARNED)
-            for index, info in self._limiters.items()
-            if index in self._beside and info["name"].endswith(side_limiters.LEARNED)
-        }
+        names = self._adaptive
         if not names:
             return []
         for slot in self.counts.slots.tolist():

@@ -10,11 +10,9 @@ import json
 import os
 import stat
 import sys
-import tempfile
 from dataclasses import asdict
 
-from fast_litellm_shm import exceptions
-from fast_litellm_shm.cli import render
+from fast_litellm_shm.cli import files, render
 from fast_litellm_shm.metrics import DURATION_BOUNDS, Snapshot
 from fast_litellm_shm.metrics.families import FAMILIES, Row, collected
 from fast_litellm_shm.metrics.prometheus_text import prometheus_text, samples
@@ -55,40 +53,11 @@ def _csv(found: Snapshot) -> str:
 def _mode(path: str, keys: int) -> int:
     """The mode of the new file: that of the file it replaces. If there is none: by the umask, since
     a collector is another user; but for its owner alone if the file has keys of clients."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # replace() says it, if it cannot be written
         return stat.S_IMODE(os.stat(path).st_mode)
     mask = os.umask(0)
     os.umask(mask)
     return 0o600 if keys else 0o666 & ~mask
-
-
-def _write(path: str, text: str, keys: int) -> None:
-    """Replace the file in one step: a reader sees the old file or the new one, whole."""
-    folder, name = os.path.split(path)
-    if os.path.isdir(path) or not name:
-        raise exceptions.FastShmError(f"cannot write {path}: it is a directory; name a file in it")
-    if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        # The rename would replace /dev/null, a pipe or a link by a file.
-        raise exceptions.FastShmError(
-            f"cannot write {path}: it is not a regular file, but a link, a device or a pipe; name "
-            "the file itself, or leave --output out to write to standard output"
-        )
-    try:
-        # Its name does not end in .prom: the textfile collector would read it.
-        file, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
-        try:
-            with open(file, "w", encoding="utf-8") as out:
-                out.write(text)
-                os.fchmod(out.fileno(), _mode(path, keys))
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise exceptions.FastShmError(
-            f"cannot write {path}: {error.strerror}; an existing file was not changed"
-        ) from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,5 +74,5 @@ def run(args: argparse.Namespace) -> int:
             text = "".join(f"{render.escaped(line)}\n" for line in text.split("\n")[:-1])
         sys.stdout.write(text)
     else:
-        _write(args.output, text, args.keys)
+        files.replace(args.output, text, _mode(args.output, args.keys))
     return 0

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
 import time
 from typing import Any
 
 from fast_litellm_shm import exceptions, limits
-from fast_litellm_shm.cli import render
+from fast_litellm_shm.cli import files, render
 from fast_litellm_shm.durable import records, settings
 from fast_litellm_shm.limits import dollars
 
@@ -154,30 +152,9 @@ def _export(path: str, args: argparse.Namespace) -> int:
     if args.file in (None, "-"):
         print(text)
         return 0
-    try:
-        _write(args.file, text + "\n")
-    except OSError as error:
-        raise exceptions.StateFileError(
-            f"cannot write {args.file!r}: {error.strerror}; an existing file was not changed"
-        ) from error
+    # For its owner alone: it has the names of keys, and the secret of their hashes.
+    files.replace(args.file, text + "\n", 0o600)
     return 0
-
-
-def _write(path: str, text: str) -> None:
-    """Replace the file in one step. For its owner alone, as what is left of it where that fails
-    would be: it has the names of keys, and the secret of their hashes."""
-    partial = f"{path}.{os.getpid()}.tmp"
-    made = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(made, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 def _read(path: str) -> str:

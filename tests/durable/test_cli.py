@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -175,12 +176,17 @@ def test_an_export_that_cannot_be_written(
     """It leaves nothing beside the target: that would have the secret of the names."""
     spend(host.limiter(FixedWindow(100, per=DAY)), "k", 7)
     (tmp_path / "folder").mkdir()
-    for target, why in (("folder", "Is a directory"), ("none/x.json", "No such file")):
+    (tmp_path / "link").symlink_to("/dev/null")
+    for target, why in (
+        ("folder", "it is a directory"),
+        ("none/x.json", "No such file"),
+        ("link", "it is not a regular file"),  # which the new one would replace
+    ):
         path = str(tmp_path / target)
         status, out, err = _run(capsys, "state", "export", path, "--name", host.name)
         assert (status, out) == (1, "")
-        assert err.startswith(f"fast-shm: cannot write {path!r}: {why}")
-    assert not list(tmp_path.glob("*.tmp"))
+        assert err.startswith(f"fast-shm: cannot write {path}: {why}")
+    assert not [each for each in os.listdir(tmp_path) if each.endswith(".tmp")]
 
 
 def test_an_import_that_cannot_be_read(
