@@ -34,7 +34,7 @@ from fast_litellm_shm.integrations.web.cancellation import (
     ClientGoneError,
     run_cancellable,
 )
-from fast_litellm_shm.integrations.web.request import AsgiRequest
+from fast_litellm_shm.integrations.web.request import AsgiRequest, asgi_asked
 from fast_litellm_shm.integrations.web.responses import (
     TRY_LATER,
     Headers,
@@ -158,7 +158,11 @@ class RateLimitMiddleware(Middleware[App]):
             finally:
                 await client.close()
         else:
-            checked = self.checked(AsgiRequest(scope, None, self._root_path))
+            checked: Any = False
+            if self.has_usual and (peer := scope.get("client")):
+                checked = self.usual(asgi_asked(scope, self._root_path), peer[0] or None)
+            if checked is False:
+                checked = self.checked(AsgiRequest(scope, None, self._root_path))
             if checked is None or isinstance(checked, Outcome):
                 outcome = checked
             else:

@@ -30,7 +30,7 @@ from fast_litellm_shm.integrations.web import (
     forwarded_for,
     header,
 )
-from fast_litellm_shm.integrations.web.request import WsgiRequest
+from fast_litellm_shm.integrations.web.request import WsgiRequest, wsgi_asked
 
 __all__ = [
     "MARK",
@@ -63,7 +63,11 @@ class RateLimitMiddleware(Middleware[App]):
     """
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
-        outcome = self.check(WsgiRequest(environ))
+        outcome: Any = False
+        if self.has_usual:
+            outcome = self.usual(wsgi_asked(environ), environ.get("REMOTE_ADDR") or None)
+        if outcome is False:
+            outcome = self.check(WsgiRequest(environ))
         if outcome is None:
             return self.app(environ, start_response)
 

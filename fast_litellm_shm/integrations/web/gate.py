@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from typing import Any, Generic, NoReturn, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeAlias, TypeVar
 
 from fast_litellm_shm._shared.named_limiter import key_bytes
 from fast_litellm_shm._shared.native import Decision
 from fast_litellm_shm._shared.segment import Segment
 from fast_litellm_shm.exceptions import FastShmError, SegmentFullError
 from fast_litellm_shm.integrations.web import responses
-from fast_litellm_shm.integrations.web.keys import client_address
+from fast_litellm_shm.integrations.web.keys import IPV6_PREFIX, LONGEST, client_address, key_of
 from fast_litellm_shm.integrations.web.log import Log
 from fast_litellm_shm.integrations.web.outcome import Left, Outcome, combined
-from fast_litellm_shm.integrations.web.request import Request
+from fast_litellm_shm.integrations.web.request import KEPT, Asked, Request, Target, target
 from fast_litellm_shm.integrations.web.routes import Routes
 from fast_litellm_shm.integrations.web.rules import Cost, Rule
 from fast_litellm_shm.integrations.web.turn import Turns
@@ -52,6 +52,10 @@ class _Opened:
         self._policies = responses.NO_POLICIES
         #: Whether a request is admitted or refused by one native call.
         self.at_once = not (rule.wait or callable(rule.cost) or self._grantor.may_wait)
+        #: Whether that call needs nothing of a request but its client's address.
+        self.usual = (
+            self.at_once and rule.key is client_address and not (rule.exempt or rule.dry_run)
+        )
         admit, cost = self._grantor.admit, rule.cost
         #: The call: of a key.
         self.admit_at_once: Callable[[str | bytes], Held] = admit  # type: ignore[assignment]
@@ -177,6 +181,9 @@ class Gate(Generic[_App]):
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
         self._routes = Routes(self._rules)
+        #: Whether usual() may know a request.
+        self.has_usual = any(opened is not None and opened.usual for _, opened in self._rules)
+        self._usual = functools.lru_cache(KEPT)(functools.partial(_usual, self._routes.find))
 
     def check(self, request: Request) -> Outcome | None:
         """Check a request. None: it is not limited. Does not raise what a key or cost function
@@ -191,6 +198,28 @@ class Gate(Generic[_App]):
         guard: awaits the calls that wait for their turn."""
         checked = self.checked(request, guard=guard)
         return checked if checked is None or isinstance(checked, Outcome) else await checked
+
+    def usual(self, asked: Asked, client: str | None) -> Outcome | Literal[False] | None:
+        """checked() without a :class:`Request`, for the most usual one: its path has one reading,
+        and it counts under one rule, by its client's address, or under none. client: as a Request
+        has it. False: it is another request, and nothing was consumed."""
+        if client is None or len(client) > LONGEST:
+            return False
+        try:
+            opened = self._usual(asked)
+        except _TooLongError:
+            return False
+        if opened is None or opened is False:
+            return opened
+        key = key_of(client, IPV6_PREFIX)
+        try:
+            permit = opened.admit_at_once(key)
+        except Exception:  # nothing was consumed; checked() says what is wrong
+            return False
+        try:
+            return opened.outcome(key, permit)
+        except FastShmError as error:
+            return self._unchecked(opened, key, error)
 
     def checked(
         self, request: Request, *, may_await: bool = True, guard: Guard | None = None
@@ -344,6 +373,25 @@ class Gate(Generic[_App]):
             f"rule {rule.name!r}: its cost function failed; such requests {shown}", error
         )
         return denied
+
+
+class _TooLongError(Exception):
+    """What is asked for is not remembered: clients choose it, and must not fill the memory."""
+
+
+def _usual(
+    find: Callable[[Target], tuple[_Opened, ...]], asked: Asked
+) -> _Opened | Literal[False] | None:
+    """What is found for a usual request; None: it is not limited; False: it is another one."""
+    wanted = target(*asked)
+    if not wanted.kept:
+        raise _TooLongError
+    found = find(wanted)
+    if len(wanted.readings.routed) > 1 or len(found) > 1:
+        return False
+    if not found:
+        return None
+    return found[0] if found[0].usual else False
 
 
 def _refuse_async(value: Any, what: str) -> NoReturn:

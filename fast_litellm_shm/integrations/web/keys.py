@@ -21,8 +21,8 @@ KeyFunction: TypeAlias = Callable[[Request], Key | Awaitable[Key]]
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 _Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_IPV6_PREFIX = 64  # bits: a client with one IPv6 address commonly has all of its /64
-_LONGEST = 100  # characters of an address: clients can write them, and must not fill the memory
+IPV6_PREFIX = 64  # bits: a client with one IPv6 address commonly has all of its /64
+LONGEST = 100  # characters of an address: clients can write them, and must not fill the memory
 _LEAST_TRUSTED = {4: 8, 6: 16}  # bits: no organization owns a larger network
 _UNIX = "unix:"
 NOBODY = "unknown"
@@ -50,11 +50,11 @@ def _read(text: str) -> _Address | None:
 
 def _address(text: str) -> _Address | None:
     """An address, without its port and zone; None: the text is no address."""
-    return _read(text) if len(text) <= _LONGEST else None
+    return _read(text) if len(text) <= LONGEST else None
 
 
 @functools.lru_cache(4096)
-def _key_of(text: str, prefix: int) -> str:
+def key_of(text: str, prefix: int) -> str:
     """The key of a connection's peer; its own text, where that is no address."""
     found = _read(text)
     return text if found is None else _grouped(found, prefix)
@@ -90,9 +90,9 @@ def client_address(request: Request) -> str:
     knows no address (on a Unix socket), all clients count as ``unknown``.
     """
     client = request.client
-    if client is None or len(client) > _LONGEST:
-        return _connected(request, _IPV6_PREFIX)
-    return _key_of(client, _IPV6_PREFIX)
+    if client is None or len(client) > LONGEST:
+        return _connected(request, IPV6_PREFIX)
+    return key_of(client, IPV6_PREFIX)
 
 
 def client_network(*, ipv6_prefix: int) -> Callable[[Request], str]:
@@ -112,14 +112,14 @@ def _connected(request: Request, bits: int) -> str:
         )
         return NOBODY
     client = request.client
-    return _key_of(client, bits) if len(client) <= _LONGEST else client
+    return key_of(client, bits) if len(client) <= LONGEST else client
 
 
 def forwarded_for(
     trusted_proxies: int | str | Iterable[str],
     *,
     name: str = "X-Forwarded-For",
-    ipv6_prefix: int = _IPV6_PREFIX,
+    ipv6_prefix: int = IPV6_PREFIX,
 ) -> Callable[[Request], str]:
     """A key function: the client's address as the outermost of your own proxies saw it.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from fast_litellm_shm.integrations.web.paths import Readings, read
 
@@ -22,8 +22,12 @@ def verb(said: str) -> str:
 _VERBS = {each: each for each in ("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH", "OPTIONS")}
 
 
-_KEPT = 1024  # targets
+KEPT = 1024  # targets
 _LONGEST_KEPT = 200  # characters: clients choose them, and must not fill the memory
+
+#: What a request asks for: method (None: of a websocket), path, mount, within and raw, of
+#: :func:`read`.
+Asked: TypeAlias = "tuple[str | None, str, str, str | None, str]"
 
 
 class Target:
@@ -41,7 +45,7 @@ class Target:
         self.path = self.readings.path
 
 
-@functools.lru_cache(_KEPT)
+@functools.lru_cache(KEPT)
 def _kept(method: str | None, path: str, mount: str, within: str | None, raw: str) -> Target:
     found = Target(method, path, mount, within, raw)
     found.kept = True
@@ -51,7 +55,7 @@ def _kept(method: str | None, path: str, mount: str, within: str | None, raw: st
 def target(
     method: str | None, path: str, mount: str = "", within: str | None = None, raw: str = ""
 ) -> Target:
-    """method: None: of a websocket. The others are those of :func:`read`."""
+    """The target of what is :data:`Asked`."""
     long = len(path) + len(mount) + len(raw) + len(method or "") > _LONGEST_KEPT
     return (Target if long else _kept)(method, path, mount, within, raw)
 
@@ -111,6 +115,19 @@ class Request:
         return f"{type(self).__name__}({self.method} {self.path!r} from {self.client!r})"
 
 
+def asgi_asked(scope: Mapping[str, Any], root_path: str) -> Asked:
+    """root_path: given where an inner application sets it itself."""
+    raw_path = scope.get("raw_path")
+    return (
+        scope.get("method"),
+        scope["path"],
+        root_path or scope.get("root_path") or "",
+        None,
+        # find(): `in` takes twice as long, for it first asks whether b"%2" is an int.
+        _with_slashes(raw_path) if raw_path and raw_path.find(b"%2") >= 0 else "",
+    )
+
+
 class AsgiRequest(Request):
     """Of a scope of type ``http`` or ``websocket``. root_path: given where an inner application
     sets it itself."""
@@ -119,18 +136,11 @@ class AsgiRequest(Request):
 
     def __init__(self, scope: Mapping[str, Any], raw: Any = None, root_path: str = "") -> None:
         # What super().__init__() does, without the call.
-        client, raw_path = scope.get("client"), scope.get("raw_path")
+        client = scope.get("client")
         self.client = (client[0] or None) if client else None
         self.raw = scope if raw is None else raw
         self._scope = scope
-        self.target = target(
-            scope.get("method"),
-            scope["path"],
-            root_path or scope.get("root_path") or "",
-            None,
-            # find(): `in` takes twice as long, for it first asks whether b"%2" is an int.
-            _with_slashes(raw_path) if raw_path and raw_path.find(b"%2") >= 0 else "",
-        )
+        self.target = target(*asgi_asked(scope, root_path))
 
     def _lines(self, name: str) -> list[bytes]:
         wanted = name.lower().encode("latin-1", "replace")
@@ -156,19 +166,23 @@ def _decoded(found: str) -> str:
     return found.encode("latin-1", "replace").decode("utf-8", "replace")
 
 
+def wsgi_asked(environ: Mapping[str, Any]) -> Asked:
+    mount, path = environ.get("SCRIPT_NAME") or "", environ.get("PATH_INFO") or ""
+    if not (mount.isascii() and path.isascii()):
+        mount, path = _decoded(mount), _decoded(path)
+    return environ["REQUEST_METHOD"], mount + path, mount, path, ""
+
+
 class WsgiRequest(Request):
     """Of an environ."""
 
     __slots__ = ()
 
     def __init__(self, environ: Mapping[str, Any]) -> None:
-        mount, path = environ.get("SCRIPT_NAME") or "", environ.get("PATH_INFO") or ""
-        if not (mount.isascii() and path.isascii()):
-            mount, path = _decoded(mount), _decoded(path)
         # What super().__init__() does, without the call.
         self.client = environ.get("REMOTE_ADDR") or None
         self.raw = environ
-        self.target = target(environ["REQUEST_METHOD"], mount + path, mount, path)
+        self.target = target(*wsgi_asked(environ))
 
     def header(self, name: str) -> str | None:
         variable = name.upper().replace("-", "_")

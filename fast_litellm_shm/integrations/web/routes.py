@@ -6,11 +6,10 @@ import functools
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
-from fast_litellm_shm.integrations.web.request import Target
+from fast_litellm_shm.integrations.web.request import KEPT, Target
 from fast_litellm_shm.integrations.web.rules import Rule
 
 _T = TypeVar("_T")
-_KEPT = 1024  # answers: as many as targets
 
 
 class Routes(Generic[_T]):
@@ -21,7 +20,7 @@ class Routes(Generic[_T]):
         #: rules with limits before it that match another name of that path.
         self.find = _Index(rules).find  # without a reference to us: no cycle
         #: find() of a target that is kept.
-        self.kept = functools.lru_cache(_KEPT)(self.find)
+        self.kept = functools.lru_cache(KEPT)(self.find)
 
 
 class _Index(Generic[_T]):

@@ -13,7 +13,7 @@ from zoneinfo import ZoneInfo
 
 import http_sf
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from support.damage import damage_limits
 
@@ -23,6 +23,7 @@ from fast_litellm_shm.integrations.web.gate import Gate
 from fast_litellm_shm.integrations.web.request import Request
 from fast_litellm_shm.integrations.web.routes import Routes
 from fast_litellm_shm.limits import describe
+from fast_litellm_shm.testing import isolated
 
 
 def request(path: str = "/", method: str = "GET", client: str = "192.0.2.7") -> Request:
@@ -93,6 +94,89 @@ def test_the_index_of_rules_finds_what_each_rule_says(
     routes = Routes((rule, place if rule.limits else None) for place, rule in enumerate(rules))
     for find in (routes.find, routes.kept, routes.kept):
         assert find(asked_for.target) == tuple(wanted)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(PATTERNS), *[st.booleans()] * 2, st.integers(0, 12)), max_size=4
+    ),
+    st.sampled_from(["", "a", "a/b", "aa"]) | st.text("/ab.%2fc\n", max_size=4),
+    st.sampled_from(["GET", "GET", "get", "POST", "WEBSOCKET", "A" * 300]),
+    st.sampled_from(["", "/a"]),
+    st.sampled_from(["10.0.0.2", "2001:db8::1", "10.0.0.1", "nobody", "", "x" * 200]),
+)
+def test_a_usual_request_is_checked_as_every_other(
+    given_rules: list[tuple[Any, bool, bool, int]], path: str, method: str, mount: str, client: str
+) -> None:
+    """usual() needs no Request. Whatever it answers, checked() answers too."""
+    options: list[dict[str, Any]] = [
+        {"key": lambda request: "k"}, {"key": lambda request: 5}, {"exempt": ["10.0.0.1"]},
+        {"dry_run": True}, {"in_flight": 1}, {"cost": 3}, {"cost": 0},
+    ]  # fmt: skip
+    rules = [
+        Rule(
+            *([Limit(2, per=60)] if limited else []),
+            **(options[which] if limited and which < len(options) else {}),
+            path=pattern,
+            methods={"GET"} if get else None,
+            name=f"rule {place}",
+        )  # fmt: skip
+        for place, (pattern, limited, get, which) in enumerate(given_rules)
+    ]
+    with isolated(frozen=True):
+        usual, other = (Gate(None, rules, name=name) for name in ("usual", "other"))
+        for _ in range(4):  # the last are denied
+            found = usual.usual((method, mount + "/" + path, mount, None, ""), client or None)
+            if found is False:
+                event("another")
+                return
+            event("not limited" if found is None else "denied" if found.denied else "admitted")
+            wanted = other.check(
+                Request(method, mount + "/" + path, client or None, None, mount=mount)
+            )
+            assert (found is None) == (wanted is None)
+            if found is not None and wanted is not None:
+                for name in ("rule", "key", "denied", "refused", "holds", "retry_after"):
+                    assert getattr(found, name) == getattr(wanted, name)
+                assert found.headers() == wanted.headers()
+                found.release()
+                wanted.release()
+
+
+def test_what_a_usual_request_is(segment: Segment) -> None:
+    """And what is none: it is not even counted there."""
+
+    def said(
+        *rules: Rule, method: str = "GET", path: str = "/", client: str | None = "10.0.0.1"
+    ) -> Any:
+        checks = gate(segment, *rules, name="usual")
+        found = checks.usual((method, path, "", None, ""), client)
+        assert checks.has_usual or not found
+        return found
+
+    plain = Rule(Limit(5, per=60), name="plain")
+    assert said(plain).decision.remaining == 4
+    assert said(plain, client="10.0.0.1").key == "10.0.0.1"
+    assert said(plain, client="2001:db8::1").key == "2001:db8::/64"
+    assert said(Rule(path="/"), plain) is None
+    assert said(Rule(path="/x"), plain).decision.remaining == 2
+    for other in (
+        {"client": None},
+        {"client": "1" * 101},
+        {"path": "//"},
+        {"path": "/" + "x" * 200},
+        {"method": "X" * 200},
+    ):
+        assert said(plain, **other) is False
+    for rule in (
+        Rule(Limit(5, per=60), name="plain", key=lambda request: "k"),
+        Rule(Limit(5, per=60), name="plain", exempt=["10.0.0.1"]),
+        Rule(Limit(5, per=60), name="plain", dry_run=True),
+        Rule(Limit(5, per=60), name="plain", wait=1),
+        Rule(Limit(5, per=60), name="plain", cost=lambda request: 1),
+    ):
+        assert said(rule) is False
+    assert said(plain).decision.remaining == 1
 
 
 @pytest.mark.parametrize(
