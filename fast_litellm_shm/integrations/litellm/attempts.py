@@ -20,7 +20,7 @@ from fast_litellm_shm.integrations.litellm.admission import Admissions, Denial
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call
 from fast_litellm_shm.integrations.litellm.subjects import (
     GroupOf,
-    Subject,
+    Subjects,
     id_of_deployment,
     of_deployment,
     of_model,
@@ -86,8 +86,8 @@ def note(deployment: Mapping[str, Any], checked: bool) -> None:
         _unchecked.discard(id_of_deployment(deployment))
 
 
-def subject_of(deployment: Mapping[str, Any]) -> Subject | None:
-    """What an attempt at the deployment counts for; None where that has no limits."""
+def subjects_of(deployment: Mapping[str, Any]) -> Subjects:
+    """What an attempt at the deployment counts for; empty where that has no limits."""
     return of_deployment(deployment, _keeps_per_minute())
 
 
@@ -110,7 +110,7 @@ async def charge_request(
     if is_named(deployment, call):
         return None
     known, found = call.counts_for(), of_model(call.auth, deployment["model_name"], group_of)
-    more = [subject for subject in found if subject[:2] not in known]
+    more = Subjects(subject for subject in found if subject[:2] not in known)
     if not more:
         return None
     admitted = await admission.admit_async(more, call.estimate.for_subjects(more))
@@ -120,20 +120,20 @@ async def charge_request(
     return None
 
 
-def tokens_of(subject: Subject, call: Call | None) -> int:
+def tokens_of(subjects: Subjects, call: Call | None) -> int:
     """What an attempt is charged. call: the request that makes it, where that is known. Else it is
     one token until its usage is known: it passes while the deployment has any left, as with
     LiteLLM's own check."""
     if call is None:
-        return 1 if subject.limits.tpm else 0
-    return call.estimate.for_subjects([subject])
+        return 1 if subjects.least_tokens else 0
+    return call.estimate.for_subjects(subjects)
 
 
-def begun(subject: Subject, admitted: Admissions | Denial, call: Call | None) -> Attempt | Denial:
+def begun(admitted: Admissions | Denial, call: Call | None) -> Attempt | Denial:
     """The attempt that was admitted, as one of its request."""
     if isinstance(admitted, Denial):
         return admitted
-    attempt = Attempt(subject.value, admitted)
+    attempt = Attempt(admitted.subjects[0].value, admitted)
     if call is not None:
         call.attempts.append(attempt)
     return attempt

@@ -21,7 +21,7 @@ import asyncio
 import math
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -45,7 +45,8 @@ from fast_litellm_shm.integrations.litellm.budgets.spending import Spending
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.calls import Attempt, Call
 from fast_litellm_shm.integrations.litellm.router.sharing import routers
-from fast_litellm_shm.integrations.litellm.subjects import Subject, of_calls, subjects
+from fast_litellm_shm.integrations.litellm.subjects import Subjects, of_calls
+from fast_litellm_shm.integrations.litellm.subjects import subjects as of_request
 from fast_litellm_shm.tokens import counter as tokens
 
 P = ParamSpec("P")
@@ -61,6 +62,7 @@ _TRIES = (
 _OVERRIDE = "router_settings_override"
 _ABOUT_TRIES = frozenset((*_TRIES, _OVERRIDE))
 _COST_KNOWN_AFTER = 60.0  # seconds; LiteLLM says in the background what a request cost
+_NONE = Subjects()
 _NOT_OURS = frozenset({"acreate_batch", "create_batch"})  # LiteLLM counts the requests of its file
 
 # The call of a request. False: it was denied, so that its hooks find no other call of its id.
@@ -90,13 +92,13 @@ def _group_of(model: str) -> str | None:
 
 def subjects_of(
     auth: Any, data: Mapping[str, Any], models: Mapping[str, int] | None = None
-) -> list[Subject]:
+) -> Subjects:
     """The subjects of a request to the proxy. models: those of its calls; None: as it names."""
     found = data.get("model")
     model = found if isinstance(found, str) else None
     if models and models.get(model or "") != 1:
         return of_calls(auth, models, _group_of)
-    return subjects(auth, model, _group_of)
+    return of_request(auth, model, _group_of)
 
 
 def _limit_tries(call: Call, data: dict[str, Any]) -> None:
@@ -136,12 +138,12 @@ def _tenant(auth: Any) -> str | None:
     return None if key is None else f"{key}\0{end_user}"
 
 
-def _learner(auth: Any, found: Sequence[Subject]) -> Hashable:
+def _learner(auth: Any, found: Subjects) -> Hashable:
     """From whose answers an estimate learns: the key's; without one, those of the same subjects."""
     return auth.api_key or tuple(subject[:2] for subject in found)
 
 
-def found_for(auth: Any, data: Mapping[str, Any]) -> Sequence[Subject]:
+def found_for(auth: Any, data: Mapping[str, Any]) -> Subjects:
     """:func:`subjects_of` a request that is being made. Where the hook has found them in this
     context, for the same request, it returns those."""
     call = _call.get()
@@ -261,7 +263,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         spending: Spending | None,
     ) -> tuple[Denial | None, queue.Waited | None]:
         calls = usage.calls_of(data, call_type)
-        found = [] if replacement.builtin_serves else subjects_of(auth, data, calls.models)
+        found = _NONE if replacement.builtin_serves else subjects_of(auth, data, calls.models)
         id = _id_of(data)
         if id is None:
             id = data["litellm_call_id"] = str(uuid.uuid4())
@@ -397,13 +399,12 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 call.tries += 1
                 if call.free_tries is not None or not attempts.is_named(deployment, call):
                     found = await attempts.charge_request(deployment, call, _group_of)
-            subject = attempts.subject_of(deployment) if found is None else None
-            if subject is not None:
-                charge = attempts.tokens_of(subject, call)
-                admitted = admission.admit_here([subject], charge)
+            if found is None and (subjects := attempts.subjects_of(deployment)):
+                charge = attempts.tokens_of(subjects, call)
+                admitted = admission.admit_here(subjects, charge)
                 if admitted is None:
-                    admitted = await admission.admit_async([subject], charge)
-                found = attempts.begun(subject, admitted, call)
+                    admitted = await admission.admit_async(subjects, charge)
+                found = attempts.begun(admitted, call)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment
@@ -414,10 +415,9 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
         call = _call.get() or None
         found: Attempt | Denial | None = None
         try:
-            subject = attempts.subject_of(deployment)
-            if subject is not None:
-                charge = attempts.tokens_of(subject, call)
-                found = attempts.begun(subject, admission.admit([subject], charge), call)
+            if subjects := attempts.subjects_of(deployment):
+                charge = attempts.tokens_of(subjects, call)
+                found = attempts.begun(admission.admit(subjects, charge), call)
         except Exception as error:
             self._not_checked(deployment, error)
             return deployment
@@ -460,7 +460,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
             return
         found = None
         if (call is not None and not call.usage_known) or (
-            attempt is not None and attempt.admissions.counts_tokens
+            attempt is not None and attempt.admissions.subjects.least_tokens
         ):
             # the answer itself says which tokens were cached, LiteLLM's payload does not
             found = usage.usage_of(response) or usage.usage_of(

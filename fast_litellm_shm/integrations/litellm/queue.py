@@ -7,7 +7,7 @@ all workers of the host. Of a key, the tenants in the queue are its end users; e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 from fast_litellm_shm._shared import moved_clock
@@ -16,7 +16,7 @@ from fast_litellm_shm._shared.wait_queue import Order, Place
 from fast_litellm_shm.integrations.litellm import admission
 from fast_litellm_shm.integrations.litellm.admission import Admissions, Denial
 from fast_litellm_shm.integrations.litellm.settings import Queue
-from fast_litellm_shm.integrations.litellm.subjects import Subject
+from fast_litellm_shm.integrations.litellm.subjects import Subject, Subjects
 from fast_litellm_shm.limiters import quota as inner
 from fast_litellm_shm.limiters.waiting import ASYNCIO, Steps, in_turn, run_async
 
@@ -88,7 +88,7 @@ def _is_waited_for(subject: Subject) -> bool:
 
 
 async def admit(
-    subjects: Sequence[Subject], tokens: int, queue: Queue, auth: Any
+    subjects: Subjects, tokens: int, queue: Queue, auth: Any
 ) -> tuple[Admissions | Denial, Waited | None]:
     """Admit a request for all subjects, after those that wait for one of them already. It waits at
     most ``queue.max_wait`` seconds; and not at all where no wait would help. Cancelled, it has
@@ -117,7 +117,7 @@ async def admit(
 
 
 def _in_turn(
-    place: _Watched, at: Subject, subjects: Sequence[Subject], tokens: int, deadline: int
+    place: _Watched, at: Subject, subjects: Subjects, tokens: int, deadline: int
 ) -> Steps[Admissions | Denial]:
     def attempt() -> Steps[tuple[Admissions | Denial, int | None]]:
         found = yield from admission.admit_async(subjects, tokens).__await__()

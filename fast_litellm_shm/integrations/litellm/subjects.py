@@ -7,6 +7,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias
 
 GroupOf: TypeAlias = Callable[[str], "str | None"]  # a model's name -> what it is an alias of
@@ -54,6 +55,25 @@ class Subject(NamedTuple):
     value: str
     limits: Limits
     calls: int = 1
+
+
+class Subjects(tuple[Subject, ...]):
+    """What a request counts for. Equal requests nearly always have this very object, so what is
+    found of it is kept in it.
+
+    prepared: of :func:`.admission.admit_here`."""
+
+    prepared: Any = None
+
+    @functools.cached_property
+    def least_tokens(self) -> int:
+        """The smallest limit of tokens; 0: there is none."""
+        return min((each.limits.tpm for each in self if each.limits.tpm), default=0)
+
+    @functools.cached_property
+    def limits_of(self) -> dict[tuple[str, str], Limits]:
+        """The limits, by kind and value."""
+        return {subject[:2]: subject.limits for subject in self}
 
 
 def _whole(value: Any, most: int) -> int | None:
@@ -120,46 +140,74 @@ def _models(
     yield "model_per_organization", getattr(auth, "org_id", None), limits(*of_organization)
 
 
-# The kinds of subjects besides the key, the field of their id, and where _NUMBERS has theirs.
+# The kinds of subjects besides the key, and the field of their id.
 _KINDS = (
-    ("user", "user_id", 0),
-    ("team", "team_id", 2),
-    ("team_member", "user_id", 4),
-    ("end_user", "end_user_id", 6),
-    ("organization", "org_id", 8),
+    ("user", "user_id"),
+    ("team", "team_id"),
+    ("team_member", "user_id"),
+    ("end_user", "end_user_id"),
+    ("organization", "org_id"),
 )
 # For each kind: requests and tokens a minute.
-_NUMBERS = tuple(f"{kind}_{unit}_limit" for kind, _, _ in _KINDS for unit in ("rpm", "tpm"))
-_numbers_of_kinds = operator.attrgetter(*_NUMBERS)  # read at once: half the time
+_NUMBERS = tuple(f"{kind}_{unit}_limit" for kind, _ in _KINDS for unit in ("rpm", "tpm"))
+
+# What its subjects depend on, where no table below has a limit.
+_FACTS = (
+    *("api_key", "rpm_limit", "tpm_limit", "max_parallel_requests", "budget_throttle_pct"),
+    *_NUMBERS,
+    *dict.fromkeys(("team_id", *(field for _, field in _KINDS))),
+)
+# Tables of a key, its team, its organization, and of its budgets by model; and the fields of the
+# first three that limit anything.
+_TABLES = ("metadata", "team_metadata", "organization_metadata", "model_max_budget")
+_LIMITING = frozenset(("rpm_limit_type", "tpm_limit_type", "model_rpm_limit", "model_tpm_limit"))
+_facts_of, _tables_of = operator.attrgetter(*_FACTS), operator.attrgetter(*_TABLES)
 
 
 def _no_group(model: str) -> None:
     return None
 
 
-def subjects(auth: Any, requested: str | None, group_of: GroupOf = _no_group) -> list[Subject]:
+def subjects(auth: Any, requested: str | None, group_of: GroupOf = _no_group) -> Subjects:
     """All subjects with limits that a request of this ``UserAPIKeyAuth`` counts for. requested: the
     model's name in the request. group_of is called only where a model has limits."""
+    try:
+        key, team, organization, budgets = _tables_of(auth)
+        limiting = _LIMITING
+        if (
+            not (key and not limiting.isdisjoint(key))
+            and not (team and not limiting.isdisjoint(team))
+            and not (organization and not limiting.isdisjoint(organization))
+            and not budgets
+        ):
+            return _by_facts(_facts_of(auth))
+    except (AttributeError, TypeError, ValueError):  # a release of LiteLLM that has not all of them
+        pass  # or a limit that is no number
+    found = _own(auth)
+    return Subjects(found + of_model(auth, requested, group_of) if requested else found)
+
+
+@functools.lru_cache(maxsize=4096)  # each request brings all that is known of its key again
+def _by_facts(facts: tuple[Any, ...]) -> Subjects:
+    return Subjects(_own(SimpleNamespace(metadata=None, **dict(zip(_FACTS, facts, strict=True)))))
+
+
+def _own(auth: Any) -> list[Subject]:
+    """Those that have limits whatever the model is."""
     found = []
     limited = _key_limits(auth)
     if limited is not None and auth.api_key:
         found.append(Subject("api_key", auth.api_key, limited))
-    try:
-        numbers = _numbers_of_kinds(auth)
-    except AttributeError:  # a release of LiteLLM that has not all of them
-        numbers = tuple(getattr(auth, field, None) for field in _NUMBERS)
-    for kind, id_field, at in _KINDS:
-        requests, tokens = numbers[at], numbers[at + 1]
-        if requests is None and tokens is None:
-            continue
-        limited = limits(requests, tokens)
+    for kind, id_field in _KINDS:
+        given = (getattr(auth, f"{kind}_{unit}_limit", None) for unit in ("rpm", "tpm"))
+        limited = limits(*given)
         if limited is None:
             continue
         identity = getattr(auth, id_field, None)
         if identity:
             value = f"{auth.team_id}:{identity}" if kind == "team_member" else identity
             found.append(Subject(kind, value, limited))
-    return found + of_model(auth, requested, group_of) if requested else found
+    return found
 
 
 def of_model(auth: Any, requested: str, group_of: GroupOf = _no_group) -> list[Subject]:
@@ -179,18 +227,16 @@ def of_model(auth: Any, requested: str, group_of: GroupOf = _no_group) -> list[S
     return _merged(found)
 
 
-def of_calls(auth: Any, models: Mapping[str, int], group_of: GroupOf = _no_group) -> list[Subject]:
+def of_calls(auth: Any, models: Mapping[str, int], group_of: GroupOf = _no_group) -> Subjects:
     """:func:`subjects` of a request that makes several calls. models: how many to each."""
     several = sum(models.values())
     found = [subject._replace(calls=several) for subject in subjects(auth, None)]
-    return found + _merged(
-        (
-            subject._replace(calls=calls)
-            for model, calls in models.items()
-            for subject in of_model(auth, model, group_of)
-        ),
-        add_calls=True,
+    of_models = (
+        subject._replace(calls=calls)
+        for model, calls in models.items()
+        for subject in of_model(auth, model, group_of)
     )
+    return Subjects(found + _merged(of_models, add_calls=True))
 
 
 def _merged(found: Iterable[Subject], add_calls: bool = False) -> list[Subject]:
@@ -222,14 +268,22 @@ def id_of_deployment(deployment: Mapping[str, Any]) -> str:
     return str((deployment.get("model_info") or {}).get("id"))
 
 
-def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> Subject | None:
-    """A deployment as a subject; None where it has no limits, or no id. per_minute: whether its rpm
-    and tpm are limits; else they are LiteLLM's weights for routing."""
+def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> Subjects:
+    """A deployment as the one subject of an attempt at it; none where it has no limits, or no id.
+    per_minute: whether its rpm and tpm are limits; else they are LiteLLM's weights for routing."""
     params, info = deployment.get("litellm_params") or {}, deployment.get("model_info") or {}
-    found = limits(
+    identity = info.get("id")
+    return _deployment(
+        identity and str(identity),
         _first("rpm", deployment, params, info) if per_minute else None,
         _first("tpm", deployment, params, info) if per_minute else None,
         params.get("max_parallel_requests"),
     )
-    identity = info.get("id")
-    return Subject("deployment", str(identity), found) if found is not None and identity else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _deployment(identity: str | None, *given: Any) -> Subjects:
+    found = limits(*given)
+    if found is None or not identity:
+        return Subjects()
+    return Subjects([Subject("deployment", identity, found)])

@@ -6,10 +6,10 @@ import functools
 import json
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
-from fast_litellm_shm.integrations.litellm.subjects import Subject
+from fast_litellm_shm.integrations.litellm.subjects import Subjects
 
 CHARACTERS_PER_TOKEN = 4  # LiteLLM's own estimate, for its own limits
 _TOKENS_OF_OTHER_PARTS = 300  # a picture or a sound, roughly
@@ -179,13 +179,9 @@ class Estimate:
             self._input = _MOST
         self._data = {}  # it may be large, and is not needed again
 
-    def for_subjects(self, subjects: Iterable[Subject]) -> int:
+    def for_subjects(self, subjects: Subjects) -> int:
         """For the smallest limit of tokens among the subjects'; 0 where they have none."""
-        least = 0
-        for subject in subjects:
-            limit = subject.limits.tpm
-            if limit and (not least or limit < least):
-                least = limit
+        least = subjects.least_tokens
         return self.within(least) if least else 0
 
     def within(self, limit: int) -> int:

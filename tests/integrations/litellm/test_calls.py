@@ -45,12 +45,12 @@ USAGE = {"usage": {"prompt_tokens": 10, "completion_tokens": 20, "total_tokens":
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    admission._quotas.clear()
+    admission.forget()
     attempts._unchecked.clear()
     usage._mean_outputs.clear()
     failures.forget()
     yield
-    admission._quotas.clear()
+    admission.forget()
     attempts._unchecked.clear()
 
 

@@ -38,11 +38,11 @@ def server() -> Iterator[servers.Server]:
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    admission._quotas.clear()
+    admission.forget()
     failures.forget()
     monkeypatch.setenv("FAST_LITELLM_SHM_CLUSTER_TIMEOUT", "30")  # which nothing here reaches
     yield
-    admission._quotas.clear()
+    admission.forget()
 
 
 @pytest.fixture(params=["variable", "setting"])

@@ -28,12 +28,12 @@ PATIENT = 3600.0
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    admission._quotas.clear()
+    admission.forget()
     failures.forget()
     chosen = {"queue": {"max_wait": PATIENT, "priority_of": {"vip": 50, "batch": -50}}}
     monkeypatch.setattr(litellm, settings.ATTRIBUTE, chosen, raising=False)
     yield
-    admission._quotas.clear()
+    admission.forget()
 
 
 def waiting() -> int:

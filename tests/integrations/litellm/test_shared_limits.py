@@ -52,7 +52,7 @@ def _fresh() -> Iterator[None]:
         attempts.restore_check()
         attempts._unchecked.clear()
         sharing._limited.clear()
-        admission._quotas.clear()
+        admission.forget()
         failures.forget()
 
     before = {name: list(getattr(litellm, name)) for name in CALLBACKS}

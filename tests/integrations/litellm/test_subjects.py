@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
 
 pytest.importorskip("litellm")
 
@@ -17,7 +19,7 @@ from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject, of_d
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("said", "found"),
     [
         ({}, []),
         ({"rpm_limit": 10}, [("api_key", "k", (10, None, None))]),
@@ -70,16 +72,58 @@ from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject, of_d
         ),
     ],
 )
-def test_subjects(given: dict[str, Any], found: list[tuple[Any, ...]]) -> None:
+def test_subjects(said: dict[str, Any], found: list[tuple[Any, ...]]) -> None:
     expected = [Subject(kind, value, Limits(*limits)) for kind, value, limits in found]
-    assert subjects(auth(**given), "m") == expected
+    assert list(subjects(auth(**said), "m")) == expected
+
+
+_LIMIT = st.sampled_from([None, 0, 3, 7.0, 2**31])
+_TABLE = st.sampled_from(
+    [None, {}, {"tags": ["a"]}, {"rpm_limit_type": "dynamic"}, {"model_tpm_limit": {"m": 9}}]
+)
+_BUDGETS = st.sampled_from([None, {}, {"m": {"rpm_limit": 4}}, {"n": {"budget_limit": 1}}])
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            **dict.fromkeys(("rpm_limit", "tpm_limit", "max_parallel_requests"), _LIMIT),
+            **dict.fromkeys(module._NUMBERS, _LIMIT),
+            **dict.fromkeys(("metadata", "team_metadata", "organization_metadata"), _TABLE),
+            "model_max_budget": _BUDGETS,
+            "budget_throttle_pct": st.sampled_from([None, 0.5]),
+            **dict.fromkeys(
+                ("api_key", "user_id", "team_id", "org_id", "end_user_id"),
+                st.sampled_from([None, "", "a", "b"]),
+            ),
+        },
+    )
+)
+def test_what_is_remembered_of_a_key_is_what_its_request_says(given: dict[str, Any]) -> None:
+    """Whatever of it limits anything is part of what it is remembered by."""
+    asked = auth(**given)
+    found = subjects(asked, "m")
+    event("remembered" if subjects(auth(**given), "m") is found else "found anew")
+    assert list(found) == [*module._own(asked), *module.of_model(asked, "m")]
+    tokens = [each.limits.tpm for each in found if each.limits.tpm]
+    assert found.least_tokens == min(tokens, default=0)
+    assert found.limits_of == {(each.kind, each.value): each.limits for each in found}
+
+
+def test_an_older_litellm_has_not_all_fields() -> None:
+    known = {"api_key": "k", "rpm_limit": 3, "tpm_limit": None, "max_parallel_requests": None}
+    asked = SimpleNamespace(**known, metadata={}, team_metadata=None, team_id=None)
+    assert subjects(asked, "m") == (Subject("api_key", "k", Limits(3)),)
 
 
 def test_an_alias_counts_as_what_it_stands_for() -> None:
     limited = auth(metadata={"model_rpm_limit": {"m": 3}})
-    assert subjects(limited, "alias", lambda _: "m") == [Subject("model_per_key", "k:m", Limits(3))]
-    assert subjects(limited, "alias") == []
-    assert subjects(limited, None) == []
+    assert list(subjects(limited, "alias", lambda _: "m")) == [
+        Subject("model_per_key", "k:m", Limits(3))
+    ]
+    assert list(subjects(limited, "alias")) == []
+    assert list(subjects(limited, None)) == []
 
 
 def test_a_latest_model_counts_as_the_model_that_it_is() -> None:
@@ -87,18 +131,18 @@ def test_a_latest_model_counts_as_the_model_that_it_is() -> None:
     LiteLLM's built-in limiter; of one group the least."""
     aliases = pytest.importorskip("litellm.litellm_core_utils.model_latest_aliases")
     latest, model = aliases.expand_model_latest_alias("claude-sonnet-latest")
-    assert subjects(auth(metadata={"model_rpm_limit": {model: 3}}), latest) == [
+    assert list(subjects(auth(metadata={"model_rpm_limit": {model: 3}}), latest)) == [
         Subject("model_per_key", f"k:{model}", Limits(3))
     ]
     metadata = {"model_rpm_limit": {model: 3, latest: 5}, "model_tpm_limit": {latest: 7}}
-    assert subjects(auth(metadata=metadata), latest) == [
+    assert list(subjects(auth(metadata=metadata), latest)) == [
         Subject("model_per_key", f"k:{latest}", Limits(5, 7)),
         Subject("model_per_key", f"k:{model}", Limits(3)),
     ]
-    assert subjects(auth(metadata=metadata), model) == [
+    assert list(subjects(auth(metadata=metadata), model)) == [
         Subject("model_per_key", f"k:{model}", Limits(3))
     ]
-    assert subjects(auth(metadata=metadata), latest, lambda _: "group") == [
+    assert list(subjects(auth(metadata=metadata), latest, lambda _: "group")) == [
         Subject("model_per_key", "k:group", Limits(3, 7))
     ]
 
@@ -107,7 +151,7 @@ def test_groups_are_not_asked_for_where_no_model_has_a_limit() -> None:
     def asked(model: str) -> str:
         raise AssertionError(model)
 
-    assert subjects(auth(rpm_limit=3), "m", asked) == [Subject("api_key", "k", Limits(3))]
+    assert list(subjects(auth(rpm_limit=3), "m", asked)) == [Subject("api_key", "k", Limits(3))]
 
 
 @pytest.mark.parametrize(
@@ -137,11 +181,11 @@ def test_of_a_deployment() -> None:
 
     params = {"model": "openai/x", "rpm": 5, "max_parallel_requests": 3}
     deployment = {"litellm_params": params, "model_info": {"id": "d", "tpm": 70}}
-    assert of_deployment(deployment, per_minute=True) == of(5, 70, 3)
-    assert of_deployment(deployment, per_minute=False) == of(None, None, 3)
-    assert of_deployment({"litellm_params": {"rpm": 5}}, per_minute=True) is None  # no id
-    assert of_deployment({"model_info": {"id": "d"}}, per_minute=True) is None  # no limits
-    assert of_deployment({**deployment, "rpm": 9}, True) == of(9, 70, 3)
+    assert of_deployment(deployment, per_minute=True) == (of(5, 70, 3),)
+    assert of_deployment(deployment, per_minute=False) == (of(None, None, 3),)
+    assert of_deployment({"litellm_params": {"rpm": 5}}, per_minute=True) == ()  # no id
+    assert of_deployment({"model_info": {"id": "d"}}, per_minute=True) == ()  # no limits
+    assert of_deployment({**deployment, "rpm": 9}, True) == (of(9, 70, 3),)
 
 
 MESSAGES = [{"role": "user", "content": "x" * 400}]  # 100, 4 for the message, 3 for the reply
@@ -266,13 +310,13 @@ def test_calls_that_a_request_makes(
 
 def test_a_list_counts_for_each_model() -> None:
     limited = auth(rpm_limit=9, metadata={"model_rpm_limit": {"m": 3, "n": 4}})
-    assert module.of_calls(limited, {"m": 2, "n": 1, "other": 1}) == [
+    assert module.of_calls(limited, {"m": 2, "n": 1, "other": 1}) == (
         Subject("api_key", "k", Limits(9), 4),
         Subject("model_per_key", "k:m", Limits(3), 2),
         Subject("model_per_key", "k:n", Limits(4), 1),
-    ]
+    )
     one_group = module.of_calls(limited, {"m": 2, "n": 1}, lambda _: "group")
-    assert one_group[1:] == [Subject("model_per_key", "k:group", Limits(3), 3)]
+    assert one_group[1:] == (Subject("model_per_key", "k:group", Limits(3), 3),)
 
 
 @pytest.mark.usefixtures("nothing_learnt")

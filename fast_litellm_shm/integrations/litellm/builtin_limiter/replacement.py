@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 from fast_litellm_shm._shared import log
 from fast_litellm_shm.integrations.litellm import settings
 from fast_litellm_shm.integrations.litellm.builtin_limiter import HOOK
-from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subjects
 
-FoundFor: TypeAlias = Callable[[Any, Mapping[str, Any]], Sequence[Subject]]
+FoundFor: TypeAlias = Callable[[Any, Mapping[str, Any]], Subjects]
 
 # The call type of a turn of such a connection. LiteLLM calls none of our hooks for it.
 _TURN = "_aresponses_websocket"
@@ -76,7 +76,7 @@ def _reduced(base: Any, found_for: FoundFor) -> Any:
             if not found or call_type is None or call_type == _TURN or not checked.get():
                 return found  # call_type is None where LiteLLM calls it outside of our hook
             try:
-                ours = {(s.kind, s.value): s.limits for s in found_for(user_api_key_dict, data)}
+                ours = found_for(user_api_key_dict, data).limits_of
             except Exception:  # our own hook reports it
                 return found
             return without(found, ours)
