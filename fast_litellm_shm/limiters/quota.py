@@ -136,14 +136,13 @@ class Admission:
                 self._service.correct(tokens - charged)
             self._charged = tokens
 
-    def _left(self) -> dict[str, int]:
-        """What its key has left of rpm and tpm now, by name; over many hosts, what the server said
-        last. (For max_parallel the permits would have to be counted.)"""
+    def _left(self) -> tuple[int, ...]:
+        """What its key has left now, of rpm and tpm if it has them; over many hosts, what the
+        server said last. (For max_parallel the permits would have to be counted.)"""
         quota = self._quota
         if quota._grantor.limits is not quota._checked:
             quota._check_kinds()  # or the numbers would be those of other limits
-        # strict= would take half of the time
-        return dict(zip(quota._names, quota._grantor.left(self._key)))  # noqa: B905
+        return quota._grantor.left(self._key)
 
     def _count_request(self) -> None:
         """Charge one request more, into debt if need be."""

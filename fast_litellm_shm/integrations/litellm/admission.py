@@ -153,7 +153,7 @@ class Admissions:
         server is asked: over many hosts this goes by what it has last reported to this host."""
         limited = [each for each in self._charges if each[0].limits.rpm is not None]
         for subject, admission in limited:
-            if inner.left_of(admission)["rpm"] < 1:
+            if inner.left_of(admission)[0] < 1:
                 return _denial(subject, "rpm", 0, None)
         for _, admission in limited:
             inner.count_request(admission)
@@ -161,10 +161,11 @@ class Admissions:
 
     def requests_left(self) -> int | None:
         """The fewest that a subject has left; None where none limits requests."""
-        return min((left["rpm"] for _, left in self.remaining() if "rpm" in left), default=None)
+        found = self.remaining()
+        return min((left[0] for each, left in found if each.limits.rpm and left), default=None)
 
-    def remaining(self) -> list[tuple[Subject, dict[str, int]]]:
-        """What each subject has left now, by ``rpm`` and ``tpm``."""
+    def remaining(self) -> list[tuple[Subject, tuple[int, ...]]]:
+        """What each subject has left now, of requests and tokens, if these are limited."""
         return [(subject, inner.left_of(admission)) for subject, admission in self._charges]
 
 
@@ -202,7 +203,7 @@ async def _admit(subjects: Subjects, tokens: int, ask: _Ask) -> Admissions | Den
 
 def _denied(subject: Subject, by: Admission) -> Denial:
     # the decision's own remaining is of the limit that has least, maybe requests
-    left = inner.left_of(by)["tpm"] if by.reason == "tpm" else 0
+    left = inner.left_of(by)[-1] if by.reason == "tpm" else 0
     return _denial(subject, by.reason, left, by.retry_after)
 
 

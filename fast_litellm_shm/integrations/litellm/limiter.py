@@ -243,7 +243,7 @@ class SharedLimiter(CustomLogger):  # type: ignore[misc]
                 outer = None
         _call.set(False)
         replacement.checked.set(True)
-        if outer is None and spending is None:
+        if outer is None and spending is None and not budgets.has_none(auth):
             spending = await budgets.reserved_for(auth, data)
         if replacement.builtin_serves and spending is None:
             return None, None

@@ -24,28 +24,28 @@ def _headers_of_kind(kind: str, name: str) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)  # the limits of a key come with each of its requests
-def _headers_of_limits(kind: str, limits: Limits) -> dict[str, tuple[str, str, str]]:
-    """By the name of a limit: its two headers, and the value of the second."""
-    return {
-        name: (*_headers_of_kind(kind, name), str(limit))
-        for name, limit in zip(limits._fields, limits, strict=True)
+def _headers_of_limits(kind: str, limits: Limits) -> tuple[tuple[str, str, str, str], ...]:
+    """Of requests and tokens: name, its two headers, and the value of the second."""
+    return tuple(
+        (name, *_headers_of_kind(kind, name), str(limit))
+        for name, limit in (("rpm", limits.rpm), ("tpm", limits.tpm))
         if limit is not None
-    }
+    )
 
 
-def headers_of(remaining: Iterable[tuple[Subject, dict[str, int]]]) -> dict[str, str]:
+def headers_of(remaining: Iterable[tuple[Subject, tuple[int, ...]]]) -> dict[str, str]:
     """For each subject ``x-ratelimit-api_key-remaining-requests``, ``-tokens`` and the limits, as
     LiteLLM names them; and ``x-ratelimit-remaining-requests`` and so on, of the subject that has
     least left."""
     out: dict[str, str] = {}
     least: dict[str, tuple[int, str, str]] = {}
     for (kind, _, limits, _), left in remaining:
-        headers = _headers_of_limits(kind, limits)
-        for name, n in left.items():
-            of_rest, of_limit, limit = headers[name]
+        # strict= would take a third of the time
+        for (name, of_rest, of_limit, limit), n in zip(_headers_of_limits(kind, limits), left):  # noqa: B905
             out[of_rest] = rest = str(n)
             out[of_limit] = limit
-            if name not in least or n < least[name][0]:
+            known = least.get(name)
+            if known is None or n < known[0]:
                 least[name] = n, rest, limit
     for name, (_, rest, limit) in least.items():
         of_rest, of_limit = _headers_of_kind("", name)
@@ -57,13 +57,14 @@ def _message(denial: Denial) -> tuple[str, dict[str, str]]:
     """Text and headers."""
     then = time.gmtime(time.time() + denial.retry_after)
     resets = time.strftime("%Y-%m-%d %H:%M:%S UTC", then)
-    left = {name: denial.remaining for name, what in NAMES.items() if what == denial.type}
     headers = {
         "retry-after": str(denial.retry_after),
         "rate_limit_type": denial.type,
         "reset_at": resets,
-        **headers_of([(denial.subject, left)]),
     }
+    name = next(name for name, what in NAMES.items() if what == denial.type)
+    for of_rest, of_limit in (_headers_of_kind(kind, name) for kind in (denial.subject.kind, "")):
+        headers[of_rest], headers[of_limit] = str(denial.remaining), str(denial.limit)
     return (
         f"Rate limit exceeded for {denial.subject.kind}: {denial.subject.value}. "
         f"Limit type: {denial.type}. Current limit: {denial.limit}, "

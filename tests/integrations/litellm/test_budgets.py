@@ -342,6 +342,7 @@ def limiter(monkeypatch: pytest.MonkeyPatch) -> SharedLimiter:
             raise budgets.error_of(got, 0.5)
         return got
 
+    monkeypatch.setattr(limiting.budgets, "has_none", lambda auth: False)
     monkeypatch.setattr(limiting.budgets, "reserved_for", reserved_for)
     return SharedLimiter()
 
