@@ -10,6 +10,7 @@ lets it, and has no Redis.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -36,6 +37,12 @@ _OURS = frozenset(
 _THEIRS = ("requests_per_unit", "tokens_per_unit", "max_parallel_requests")  # in our order
 
 
+@functools.lru_cache(maxsize=1024)
+def _not_ours(kept: Limits) -> tuple[str, ...]:
+    """What the plugin does not limit, in LiteLLM's words."""
+    return tuple(theirs for theirs, n in zip(_THEIRS, kept, strict=True) if n is None)
+
+
 def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> list[Any]:
     """LiteLLM's descriptors without the limits that the plugin keeps. ours: those, by kind and
     value."""
@@ -46,11 +53,7 @@ def without(descriptors: list[Any], ours: Mapping[tuple[str, str], Limits]) -> l
         if kept is None or not limited:
             out.append(descriptor)
             continue
-        left = [
-            theirs
-            for theirs, ours_too in zip(_THEIRS, kept, strict=True)
-            if ours_too is None and limited.get(theirs) is not None
-        ]
+        left = [theirs for theirs in _not_ours(kept) if limited.get(theirs) is not None]
         if left:
             mine = {theirs: None for theirs in _THEIRS if theirs in limited and theirs not in left}
             out.append({**descriptor, "rate_limit": {**limited, **mine}})
