@@ -14,7 +14,18 @@ import subprocess
 
 from bench import peers
 from bench.apart import interleaved_apart
-from bench.result import OURS, REFERENCE, Plot, Result, Row, Settings, Values, asked, ratio
+from bench.result import (
+    EMPTY_CALL,
+    OURS,
+    REFERENCE,
+    Plot,
+    Result,
+    Row,
+    Settings,
+    Values,
+    asked,
+    ratio,
+)
 from bench.timing import interleaved, loop_of
 from fast_litellm_shm import HierarchyLimiter, Limit, RateLimiter
 
@@ -85,7 +96,7 @@ def run(settings: Settings) -> Result:
             "ours is_allowed": lambda: _ours(place).is_allowed,
             "ours check": lambda: _ours(place).check,
             "ours acquire": lambda: _ours(place).acquire,
-            "a Python function that does nothing": lambda: _nothing,
+            EMPTY_CALL: lambda: _nothing,
         }
         if "fast-litellm" in openers:
             fast = peers.need("fast_litellm")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench import installing, seed
-from bench.result import OURS, Ratio, Result, Row, Settings, number
+from bench.result import EMPTY_CALL, OURS, Ratio, Result, Row, Settings, Values, number
 
 # The table of targets, in its order; a ratio names the row that it belongs to.
 PROMISES = (
@@ -40,6 +40,11 @@ PROMISES = (
     "LiteLLM plugin, all hooks of a request",
     "a budget's reserve + settle inside a lease",
 )
+
+
+#: ns of an empty call of a Python function, where the targets in ns and µs were set: the machine of
+#: results/kept/2026-12-01.md.
+_EMPTY_CALL_THERE = 17.5
 
 
 def _version(name: str) -> str:
@@ -101,9 +106,24 @@ def _spread(low: float, high: float) -> str:
     return f"{number(low)} – {number(high)}"
 
 
-def _target_row(first: str, ratio: Ratio) -> list[str]:
+def empty_call(results: dict[str, Result]) -> Values | None:
+    """ns of an empty call of a Python function on this machine."""
+    rows = (row for result in results.values() for row in result.rows)
+    return next((row.found for row in rows if (row.name, row.unit) == (EMPTY_CALL, "ns")), None)
+
+
+def _verdict(ratio: Ratio, here: Values | None) -> str:
+    """here: of empty_call(). A target in ns or µs is one for a machine: a row that misses it says
+    what other machine this is."""
+    if here is None or ratio.reached is not False or ratio.unit not in ("ns", "µs"):
+        return ratio.verdict
+    there = f"{_EMPTY_CALL_THERE:g} where the target was set"
+    return f"{ratio.verdict} (an empty Python call: {number(here.median)} ns here, {there})"
+
+
+def _target_row(first: str, ratio: Ratio, here: Values | None) -> list[str]:
     found = ratio.found
-    verdict = ratio.verdict
+    verdict = _verdict(ratio, here)
     return [
         first,
         ratio.name,
@@ -120,13 +140,13 @@ _TARGETS = ("", "compared", "target", "measured", "spread", "verdict")
 def targets(results: dict[str, Result]) -> list[str]:
     """The table of targets; a row that nothing was measured for says so."""
     ratios = [ratio for result in results.values() for ratio in result.ratios]
-    rows = []
+    rows, here = [], empty_call(results)
     for promise in PROMISES:
         found = [ratio for ratio in ratios if ratio.promise == promise]
         if not found:
             rows.append([promise, "–", "–", "–", "–", "**not measured in this run**"])
         for i, ratio in enumerate(found):
-            rows.append(_target_row("" if i else promise, ratio))
+            rows.append(_target_row("" if i else promise, ratio, here))
     unmet = sum(1 for ratio in ratios if ratio.promise and ratio.reached is False)
     unmeasured = sum(1 for row in rows if "not measured" in row[-1])
     said = f"{unmet} not reached, {unmeasured} not measured, of {len(rows)}."
@@ -156,7 +176,13 @@ def _rows_of(rows: Sequence[Row]) -> list[str]:
     return _table((rows[0].group or "measured", "median", "10 – 90 %", *keys), out)
 
 
-def _question(name: str, result: Result, pictures: list[str], folder: str) -> list[str]:
+def _question(
+    name: str,
+    result: Result,
+    pictures: list[str],
+    folder: str,
+    here: Values | None = None,
+) -> list[str]:
     out = [
         f"## {result.title}",
         "",
@@ -171,7 +197,7 @@ def _question(name: str, result: Result, pictures: list[str], folder: str) -> li
     for picture in pictures:
         out += [f"![{picture.replace('_', ' ')}]({folder}/{picture}.svg)", ""]
     if result.ratios:
-        rows = [_target_row("", ratio)[1:] for ratio in result.ratios]
+        rows = [_target_row("", ratio, here)[1:] for ratio in result.ratios]
         out += _table(_TARGETS[1:], rows)
     for group in dict.fromkeys(row.group for row in result.rows):
         out += _rows_of([row for row in result.rows if row.group == group])
@@ -182,7 +208,7 @@ def markdown(
     results: dict[str, Result], found: dict[str, Any], pictures: dict[str, list[str]], folder: str
 ) -> str:
     """The report. folder: where its pictures are, from where it is."""
-    where = found["where"]
+    where, here = found["where"], empty_call(results)
     out = [
         f"# Measured on {found['when'][:10]}",
         "",
@@ -206,7 +232,7 @@ def markdown(
         *_table(seed.HEADER, seed.rows(results, number)),
     ]
     for name, result in results.items():
-        out += _question(name, result, pictures.get(name, []), folder)
+        out += _question(name, result, pictures.get(name, []), folder, here)
     out += ["## Versions", ""]
     out += _table(("package", "version"), ([k, v] for k, v in found["packages"].items()))
     return "\n".join(out)
@@ -245,6 +271,7 @@ def _show(results: dict[str, Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    here = empty_call(results)
     table = Table(title="Targets", show_lines=False)
     for column in ("compared", "target", "measured", "verdict"):
         table.add_column(column, justify="left" if column in ("compared", "verdict") else "right")
@@ -252,9 +279,9 @@ def _show(results: dict[str, Result]) -> None:
         for ratio in result.ratios:
             if ratio.target is None:
                 continue
-            row = _target_row("", ratio)
+            row = _target_row("", ratio, here)
             style = "" if ratio.reached else "bold red"
-            table.add_row(row[1], row[2], row[3], ratio.verdict, style=style)
+            table.add_row(row[1], row[2], row[3], _verdict(ratio, here), style=style)
     console = Console()
     console.print(table)
     for name, result in results.items():

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OURS, REFERENCE = "ours", "reference"  # who a row belongs to; else the name of a peer
+#: A row that tells machines apart: ns.
+EMPTY_CALL = "a Python function that does nothing"
 
 
 def number(value: float) -> str:

@@ -17,10 +17,9 @@ from functools import partial
 
 from bench import peers
 from bench.apart import Apart
-from bench.result import REFERENCE, Plot, Result, Row, Settings, Values, asked
+from bench.result import EMPTY_CALL, REFERENCE, Plot, Result, Row, Settings, Values, asked
 
 KEYS = [f"user-{i}" for i in range(10_000)]
-NOTHING = "a Python function that does nothing"
 PARTS = (("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0))
 
 
@@ -63,7 +62,7 @@ def run(settings: Settings) -> Result:
     slices, seconds = settings.pick((settings.share(8), 0.3), (2, 0.05))
     with peers.Place() as place:
         openers, result.missing = peers.started(place, peers.contenders(), peers.HUGE, 1)
-        openers[NOTHING] = lambda: _nothing
+        openers[EMPTY_CALL] = lambda: _nothing
         children = {name: Apart(open_) for name, open_ in openers.items()}
         rng = random.Random(13)
         try:
@@ -95,7 +94,7 @@ def run(settings: Settings) -> Result:
 
 def _rows(name: str, group: str, found: list[tuple[list[float], int]]) -> list[Row]:
     """A row for each part."""
-    who = REFERENCE if name == NOTHING else peers.contender(name).who
+    who = REFERENCE if name == EMPTY_CALL else peers.contender(name).who
     checks, rows = sum(count for _, count in found), []
     for i, (part, _) in enumerate(PARTS):
         values = Values(parts[i] / 1000 for parts, _ in found)

@@ -17,7 +17,7 @@ from bench import questions, report, seed, tokens_worker
 from bench.passes import merged
 from bench.peers import Place
 from bench.questions import QUESTIONS
-from bench.result import Plot, Ratio, Result, Row, Settings, Values, asked, ratio
+from bench.result import EMPTY_CALL, Plot, Ratio, Result, Row, Settings, Values, asked, ratio
 from bench.token_counters import MODELS, Counting, WrongCountError
 from bench.token_texts import KINDS, Texts, corpus, fresh
 from bench.tokens_cost import _Rounds, group_of, ratios
@@ -237,6 +237,26 @@ def test_the_report_begins_with_the_targets_and_names_what_was_not_measured() ->
     assert text.count("**not measured in this run**") == len(report.PROMISES) - 1
     assert "missing: **a peer**: not installed" in text
     assert "(folder/p.svg)" in text
+
+
+def test_a_target_in_ns_that_is_missed_says_how_fast_the_machine_is() -> None:
+    result = asked("A question?\n\nHow it is asked.")
+    result.rows = [Row(EMPTY_CALL, "ns", Values([40, 41, 42]), group="g")]
+    result.ratios = [
+        Ratio("a", Values([5]), 4, at_least=False, unit="µs"),
+        Ratio("b", Values([3]), 4, at_least=False, unit="µs"),
+        Ratio("c", Values([3]), 4),
+    ]
+    found = report.as_json(
+        {"q": result}, Settings(5), datetime.datetime.now().astimezone(), report.where(True)
+    )
+    lines = report.markdown({"q": result}, found, {}, "folder").splitlines()
+    rows = {line[2]: line for line in lines if line[:4] in ("| a ", "| b ", "| c ")}
+    assert "by 25.0% (an empty Python call: 41 ns here, 17.5 where the target was set)" in rows["a"]
+    assert "reached" in rows["b"]
+    assert "NOT REACHED, by 25.0%**" in rows["c"]
+    result.rows = []
+    assert "an empty" not in report.markdown({"q": result}, found, {}, "folder")
 
 
 def test_a_second_run_of_a_day_leaves_the_first_as_it_is(tmp_path: pathlib.Path) -> None:
