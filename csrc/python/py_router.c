@@ -178,8 +178,12 @@ static int has_read(const plan_of_list *p, uint32_t strategy, const read_deploym
     for (int i = 0; i < prices && same; i++) same = has_same(params, s_prices[i], r->fields[i]);
   }
   if (same && info != r->info) {
-    const int prices = strategy == FSHM_ROUTE_COST ? PRICES : 0;
+    int prices = strategy == FSHM_ROUTE_COST ? PRICES : 0;
     same = has_same(info, s_id, r->id);
+    if (prices && same && PyDict_Size(info) == 1) { /* the id alone: it has no prices */
+      same = !r->fields[PRICES] && !r->fields[PRICES + 1];
+      prices = 0;
+    }
     for (int i = 0; i < prices && same; i++)
       same = has_same(info, s_prices[i], r->fields[PRICES + i]);
   }

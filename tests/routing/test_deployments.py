@@ -120,6 +120,26 @@ def test_what_differs_in_a_new_list_is_seen_at_once(
         assert router.get_available_deployment(listed, "m") is listed[best]
 
 
+@pytest.mark.parametrize("field", ["input_cost_per_token", "output_cost_per_token"])
+def test_a_price_that_comes_or_goes_with_a_new_list(segment: Segment, field: str) -> None:
+    """In model_info, which has the id alone in between."""
+    router = AdvancedRouter("cost_based", segment=segment)
+    for best in [0, 1, None, 2, None] * 10:
+        listed = deployments(3)
+        for at, deployment in enumerate(listed):
+            if best is not None:
+                deployment["model_info"][field] = 1 if at == best else 2
+            assert best is not None or len(deployment["model_info"]) == 1
+        picked = {id(router.get_available_deployment(listed, "m")) for _ in range(20)}
+        assert picked == {id(listed[best])} if best is not None else len(picked) > 1
+    only = deployments(2)
+    only[0]["model_info"][field] = 2
+    assert router.get_available_deployment(only, "m") is only[0]  # the other's is not known
+    other = deployments(2)
+    other[1]["model_info"][field] = 2
+    assert router.get_available_deployment(other, "m") is other[1]
+
+
 def test_what_is_blocked_goes_by_the_new_list(segment: Segment) -> None:
     router = AdvancedRouter(segment=segment)
     for best in [0, 1, 2] * 20:
