@@ -18,12 +18,14 @@ NAMES = {"rpm": "requests", "tpm": "tokens", "max_parallel": "max_parallel_reque
 _MOST_QUOTAS = 1024  # that this process keeps open
 
 _quotas: dict[tuple[Limits, str | None], Quota] = {}
+_opened = object()  # another one when quotas are opened anew
 
 
 def forget() -> None:
     """Open the quotas anew. Calls in flight keep those that they use."""
-    global _quotas
-    _quotas = {}  # another one, for _Prepared
+    global _opened
+    _quotas.clear()
+    _opened = object()
 
 
 def quota_of(limits: Limits) -> Quota:
@@ -208,29 +210,29 @@ def _denied(subject: Subject, by: Admission) -> Denial:
 
 
 class _Prepared(NamedTuple):
-    """What is asked of the segment for the same subjects each time, as long as the quotas are those
-    of this dict, and the setting names this server."""
+    """What is asked of the segment for the same subjects each time, until quotas are opened anew,
+    or the setting names another server. It keeps no quotas but those."""
 
-    quotas: dict[tuple[Limits, str | None], Quota]
+    opened: object
     server: str | None
     asked: tuple[tuple[Subject, Quota, str], ...]
 
 
 def _prepared(subjects: Subjects, server: str | None) -> _Prepared | None:
-    asked = []
+    asked, opened = [], _opened
     for subject in subjects:
         quota = _quotas.get((subject.limits, server))
         if quota is None or quota.over_hosts or subject.calls != 1:
             return None
         asked.append((subject, quota, key_of(subject)))
-    return _Prepared(_quotas, server, tuple(asked))
+    return _Prepared(opened, server, tuple(asked))
 
 
 def admit_here(subjects: Subjects, tokens: int) -> Admissions | Denial | None:
     """:func:`admit`, for nearly all requests, at half the cost: they make one call, and no server
     has to be asked. None: the request is another one, and nothing is charged."""
     server, prepared = settings.current().cluster, subjects.prepared
-    if prepared is None or prepared[0] is not _quotas or prepared[1] != server:
+    if prepared is None or prepared[0] is not _opened or prepared[1] != server:
         prepared = subjects.prepared = _prepared(subjects, server)
         if prepared is None:
             return None

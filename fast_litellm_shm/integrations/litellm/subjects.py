@@ -274,7 +274,7 @@ def of_deployment(deployment: Mapping[str, Any], per_minute: bool) -> Subjects:
     params, info = deployment.get("litellm_params") or {}, deployment.get("model_info") or {}
     identity = info.get("id")
     return _deployment(
-        identity and str(identity),
+        str(identity) if identity else None,
         _first("rpm", deployment, params, info) if per_minute else None,
         _first("tpm", deployment, params, info) if per_minute else None,
         params.get("max_parallel_requests"),

@@ -181,8 +181,9 @@ class Gate(Generic[_App]):
             (rule, _Opened(rule, name, segment, grantor) if rule.limits else None) for rule in found
         ]
         self._routes = Routes(self._rules)
-        #: Whether usual() may know a request.
-        self.has_usual = any(opened is not None and opened.usual for _, opened in self._rules)
+        #: Whether usual() may know a request. A derived class may check in a way of its own.
+        own = type(self).check is not Gate.check or type(self).checked is not Gate.checked
+        self.has_usual = not own and any(opened and opened.usual for _, opened in self._rules)
         self._usual = functools.lru_cache(KEPT)(functools.partial(_usual, self._routes.find))
 
     def check(self, request: Request) -> Outcome | None:
@@ -203,14 +204,14 @@ class Gate(Generic[_App]):
         """checked() without a :class:`Request`, for the most usual one: its path has one reading,
         and it counts under one rule, by its client's address, or under none. client: as a Request
         has it. False: it is another request, and nothing was consumed."""
-        if client is None or len(client) > LONGEST:
-            return False
         try:
             opened = self._usual(asked)
         except _TooLongError:
             return False
         if opened is None or opened is False:
             return opened
+        if type(client) is not str or len(client) > LONGEST:
+            return False
         key = key_of(client, IPV6_PREFIX)
         try:
             permit = opened.admit_at_once(key)

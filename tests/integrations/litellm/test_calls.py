@@ -34,7 +34,8 @@ from fast_litellm_shm.integrations.litellm import (
 )
 from fast_litellm_shm.integrations.litellm.builtin_limiter import replacement
 from fast_litellm_shm.integrations.litellm.limiter import SharedLimiter, found_for
-from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject
+from fast_litellm_shm.integrations.litellm.subjects import Limits, Subject, subjects
+from fast_litellm_shm.limiters.quota import Quota
 from fast_litellm_shm.metrics.health import PLUGIN
 
 # the module: the package has an object of the same name
@@ -905,3 +906,38 @@ def _end_it(limiter: SharedLimiter) -> bool:
     has_it = limiter._find(data()) is not None
     asyncio.run(limiter.async_post_call_success_hook(data(), auth(), USAGE))
     return has_it
+
+
+def test_a_key_that_is_seldom_used_keeps_no_quotas_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With more sets of limits than quotas are kept open, they are opened anew again and again."""
+    most, rounds = 8, 40
+    monkeypatch.setattr(admission, "_MOST_QUOTAS", most)
+
+    def ask(key: str, rpm: int) -> None:
+        found = subjects(auth(api_key=key, rpm_limit=rpm), "m")
+        admitted = admission.admit_here(found, 0) or admission.admit(found, 0)
+        assert isinstance(admitted, admission.Admissions)
+        admitted.release()
+
+    often = [(f"often {i}", 10**6 + i) for i in range(most + 2)]
+    for i in range(rounds):
+        for key, rpm in [*often, *[(f"seldom {i}", 5000)] * 2]:
+            ask(key, rpm)
+    gc.collect()
+    open_quotas = sum(type(each) is Quota for each in gc.get_objects())
+    assert open_quotas <= rounds + len(often) + most  # each key's own
+
+
+def test_subjects_are_asked_for_where_the_quotas_are_now() -> None:
+    found = subjects(auth(rpm_limit=5), "m")
+    admission.admit(found, 0)
+    first = admission.admit_here(found, 0)
+    assert isinstance(first, admission.Admissions)
+    assert admission.admit_here(found, 0) is not None
+    admission.forget()
+    assert admission.admit_here(found, 0) is None  # the quota is not open
+    again = admission.admit(found, 0)
+    assert isinstance(again, admission.Admissions)
+    assert again.requests_left() == 1  # of the same counts

@@ -185,6 +185,7 @@ def test_of_a_deployment() -> None:
     assert of_deployment(deployment, per_minute=False) == (of(None, None, 3),)
     assert of_deployment({"litellm_params": {"rpm": 5}}, per_minute=True) == ()  # no id
     assert of_deployment({"model_info": {"id": "d"}}, per_minute=True) == ()  # no limits
+    assert of_deployment({**deployment, "model_info": {"id": {}}}, per_minute=True) == ()
     assert of_deployment({**deployment, "rpm": 9}, True) == (of(9, 70, 3),)
 
 

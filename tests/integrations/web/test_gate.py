@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import re
@@ -146,9 +147,7 @@ def test_a_usual_request_is_checked_as_every_other(
 def test_what_a_usual_request_is(segment: Segment) -> None:
     """And what is none: it is not even counted there."""
 
-    def said(
-        *rules: Rule, method: str = "GET", path: str = "/", client: str | None = "10.0.0.1"
-    ) -> Any:
+    def said(*rules: Rule, method: str = "GET", path: str = "/", client: Any = "10.0.0.1") -> Any:
         checks = gate(segment, *rules, name="usual")
         found = checks.usual((method, path, "", None, ""), client)
         assert checks.has_usual or not found
@@ -163,6 +162,7 @@ def test_what_a_usual_request_is(segment: Segment) -> None:
     for other in (
         {"client": None},
         {"client": "1" * 101},
+        {"client": ipaddress.ip_address("10.0.0.1")},
         {"path": "//"},
         {"path": "/" + "x" * 200},
         {"method": "X" * 200},
@@ -177,6 +177,16 @@ def test_what_a_usual_request_is(segment: Segment) -> None:
     ):
         assert said(rule) is False
     assert said(plain).decision.remaining == 1
+    assert said(Rule(Limit(5, per=60), path="/x"), client=5) is None  # no rule needs the address
+
+
+def test_a_derived_class_checks_in_its_own_way(segment: Segment) -> None:
+    class Own(Gate[None]):
+        def checked(self, request: Request, **more: Any) -> Any:
+            return None
+
+    assert gate(segment, Rule(Limit(5))).has_usual
+    assert not Own(None, [Rule(Limit(5))], name="web", segment=segment).has_usual
 
 
 @pytest.mark.parametrize(
