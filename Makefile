@@ -222,7 +222,7 @@ $(BUILD)/hot $(BUILD)/line: $(BUILD)/%: bench/%.c tests/c/check.h $(C_SOURCES)
 scaling: $(BUILD)/line $(VENV)-bench/.peers ## bench: simulate one hot key on 2 to 128 cores; the tables and the plot of docs/scaling.md
 	$(VENV)-bench/bin/python -m bench.scaling $<
 
-bench: $(VENV)-bench/.peers ## bench: measure beside the peers, in one run of 15 minutes; ARGS=--quick: in 2
+bench: $(VENV)-bench/.peers ## bench: measure beside the peers, in one run of 15 to 35 minutes; ARGS=--quick: in 2
 	env -u PYTHONDONTWRITEBYTECODE $(VENV)-bench/bin/python -m bench $(ARGS) # or each process compiles litellm anew
 
 # Each pass starts the proxies anew. The report has no table of targets that says anything: it asks one question.

@@ -107,6 +107,8 @@ def run(settings: Settings) -> Result:
     for name, most in MOST.items():
         row, least = f"{name} on shm://", found_of[f"{name} on {NOTHING}"].median
         why = f"with a storage that counts nothing, a hit through limits takes {least:,.0f} ns"
+        if name.startswith("full"):
+            why += f"; a denial has to look at all {FULL} slots of the window"
         result.ratios.append(Ratio(f"{row}, a hit", found_of[row], most, False, "ns", why=why))
     result.plots.append(
         Plot(

@@ -42,8 +42,7 @@ PROMISES = (
 )
 
 
-#: ns of an empty call of a Python function, where the targets in ns and µs were set: the machine of
-#: results/kept/2026-12-01.md.
+#: ns of an empty call of a Python function on the machine that the targets in ns and µs are for.
 _EMPTY_CALL_THERE = 17.5
 
 
