@@ -164,9 +164,9 @@ def run(settings: Settings) -> Result:
             share = medians[NO_SCRIPT] / medians[FIRST_REDIS]
             why = (
                 f"a script that does nothing takes {share:.2f} of limits' time. Ours keeps a lease "
-                "and which host holds it. On 2026-12-02 the server worked 46 µs at it (commandstats; "
-                "18 at limits' counter, 10 at nothing): 4 to read its clock, 3 to begin, 21 to make "
-                "the state and the answer, 8 to keep it"
+                "and which host holds it. On 2026-12-02 the server worked 46 µs at it "
+                "(commandstats; 18 at limits' counter, 10 at nothing): 4 to read its clock, 3 to "
+                "begin, 21 to make the state and the answer, 8 to keep it"
             )
             result.ratios.append(
                 ratio(result.rows, FIRST, FIRST_REDIS, 0.8, at_least=False, why=why)
