@@ -116,7 +116,7 @@ class Request:
 
 
 def asgi_asked(scope: Mapping[str, Any], root_path: str) -> Asked:
-    """root_path: given where an inner application sets it itself."""
+    """What a scope asks for. root_path: given where an inner application sets it itself."""
     raw_path = scope.get("raw_path")
     return (
         scope.get("method"),
@@ -167,6 +167,7 @@ def _decoded(found: str) -> str:
 
 
 def wsgi_asked(environ: Mapping[str, Any]) -> Asked:
+    """What an environ asks for."""
     mount, path = environ.get("SCRIPT_NAME") or "", environ.get("PATH_INFO") or ""
     if not (mount.isascii() and path.isascii()):
         mount, path = _decoded(mount), _decoded(path)
